@@ -1,0 +1,102 @@
+"""Timing and the facts that belong beside a number: shared by every benchmark here.
+
+Variants are interleaved, so that whatever else the machine does falls on all of them; the median and
+the quartiles are reported, never the best. A result is one JSON line with hardware, versions and commit.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "benchmarks" / "results"
+
+
+@dataclass(frozen=True)
+class Timing:
+    median_ms: float
+    lower_ms: float  # first quartile
+    upper_ms: float  # third quartile
+    num_runs: int
+
+    def __str__(self) -> str:
+        return f"{self.median_ms:.1f} ms ({self.lower_ms:.1f} to {self.upper_ms:.1f})"
+
+
+def time_interleaved(
+    variants: Mapping[str, Callable[[], object]], label: str, runs: int = 15, warmup: int = 3
+) -> dict[str, Timing]:
+    """Wall time of each variant on the CPU: `runs` rounds, every variant once a round."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    with torch.no_grad():
+        for round_ in tqdm(range(warmup + runs), label, leave=False):
+            for name, call in variants.items():
+                start = time.perf_counter()
+                call()
+                elapsed_ms = (time.perf_counter() - start) * 1e3
+                if round_ >= warmup:
+                    times[name].append(elapsed_ms)
+    timings = {}
+    for name, values in times.items():
+        lower, median, upper = statistics.quantiles(values, n=4)
+        timings[name] = Timing(median, lower, upper, runs)
+    return timings
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Frobenius norm of the difference over that of `expected`."""
+    return float((actual - expected).norm() / expected.norm())
+
+
+def environment() -> dict[str, Any]:
+    """Hardware, versions and commit, as every result carries them."""
+    return {
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "num_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """Short hash of the checkout, with "-dirty" where tracked files other than results differ."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(REPOSITORY), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def append_result(path: Path, **fields: Any) -> None:
+    """Add one JSON line with the environment to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps({**fields, **environment()}) + "\n")
