@@ -34,9 +34,9 @@ class Score:
         return (self.accuracy * (1 - self.accuracy) / self.num_scored) ** 0.5
 
 
-def text_windows(split: str, name: str, num: int, length: int = 512, start: int = 0) -> Tensor:
+def text_windows(split: str, name: str, num: int, length: int = 512, offset: int = 0) -> Tensor:
     """Token ids [num, length]; split is "evals" or "calibration", name is "wiki" or "gsm"."""
-    ids = np.load(DATA / f"{split}.npz")[name][start * length : (start + num) * length]
+    ids = np.load(DATA / f"{split}.npz")[name][offset : offset + num * length]
     return torch.from_numpy(ids.astype(np.int64)).view(num, length)
 
 
@@ -79,6 +79,22 @@ def score_masked_tokens(
         num_right += (logits.argmax(-1) == target).sum().item()
         num += len(target)
     return Score(nll / num, num_right / num, int(num))
+
+
+@torch.no_grad()
+def denoise_step(
+    model: Callable[[Tensor], Tensor], ids: Tensor, num_to_fill: int
+) -> tuple[Tensor, Tensor]:
+    """Fill the `num_to_fill` masked positions of `ids` [1, T] that the model is surest of.
+
+    Returns the new ids and the positions filled. Only rows of masked positions enter the softmax.
+    """
+    masked = (ids[0] == MASK_TOKEN).nonzero()[:, 0]
+    probability, token = model(ids)[0][masked - 1].softmax(-1).max(-1)
+    surest = probability.topk(min(num_to_fill, len(masked))).indices
+    filled = ids.clone()
+    filled[0, masked[surest]] = token[surest]
+    return filled, masked[surest]
 
 
 @dataclass(frozen=True)

@@ -138,22 +138,6 @@ class MaskedDiffusionModel(nn.Module):
         return self.decoder(input_ids=input_ids).logits
 
 
-class Denoiser(nn.Module):
-    """A denoising step up to the choice of positions: each one's best token and its probability.
-
-    Compiled as one piece, so that the softmax over the vocabulary is fused too.
-    """
-
-    def __init__(self, model: MaskedDiffusionModel):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:  # [B, T] -> [B, T], [B, T]
-        probability, token = self.model(input_ids).softmax(-1).max(-1)
-        token = torch.cat([input_ids[:, :1], token[:, :-1]], 1)
-        return token, F.pad(probability[:, :-1], (1, 0), value=1.0)
-
-
 class Projector(nn.Module):
     """64x64 RGB pictures to NUM_PATCHES vectors of the decoder's width: 8x8 patches, row by row."""
 
