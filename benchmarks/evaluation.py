@@ -1,9 +1,9 @@
 """What goes into the two small models and how good their answers are.
 
 Masked diffusion: windows of real text, masked at a ratio; negative log likelihood (NLL) and
-accuracy of the masked tokens. Vision-language: questions about pictures; NLL of the answer's tokens
-and exact match. One pass gives both: greedy decoding writes the wanted answer exactly when every
-wanted token is the most probable one after those before it.
+accuracy of the masked tokens. Vision-language: questions about pictures; NLL of the answer's
+tokens and exact match. One pass gives both: greedy decoding writes the wanted answer exactly when
+every wanted token is the most probable one after those before it.
 """
 
 from __future__ import annotations

