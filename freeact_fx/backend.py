@@ -1,0 +1,183 @@
+"""``torch.compile(model, backend="freeact")``: the whole walk in one short function.
+
+::
+
+    model -> Dynamo graph -> detect -> annotate -> insert -> Inductor lowering
+          -> Triton kernel (GPU), fused C++ and oneDNN (CPU)
+
+Dynamo finds ``freeact`` through the entry point group ``torch_dynamo_backends``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from . import compat
+from .codegen import lowering
+from .config import QuantConfig
+from .errors import ConfigError, UnsupportedLinear
+from .options import Options
+from .packing import Packer
+from .passes.annotate import annotate_token_types
+from .passes.detect import detect_linears
+from .passes.insert import (
+    TRAILING_KEY,
+    LinearOperands,
+    TrailingInputs,
+    insert_freeact_ops,
+    insert_observers,
+)
+from .passes.node_facts import LinearFact, facts_of, tensor_of, value_of
+from .report_log import GraphRecord, record
+from .runner import DenseLinear, Runner
+
+
+def freeact(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph. ``options`` are described in ``Options``; inference only.
+
+    Raises ConfigError for options that do not exist or do not fit, and for a module in training mode;
+    UnsupportedLinear under ``strict=True``. (Dynamo wraps both in ``BackendCompilerFailed``.)
+    """
+    chosen = Options.parse(mode, options)
+    if not chosen.enabled:
+        return _compile(gm, example_inputs, chosen, "disabled")
+    check_inference(compat.traced_module())
+    gm = compat.copy_of_graph(gm)
+    inputs = dict(zip(_placeholders(gm), example_inputs, strict=True))
+    return quantise_graph(gm, inputs, example_inputs, chosen)
+
+
+def quantise_graph(
+    gm: GraphModule, inputs: dict[Node, Any], example_inputs: Sequence[Any], chosen: Options
+) -> Callable[..., Any]:
+    """The passes, then the compiler."""
+    # A converted Linear says which types it was made for; detect needs no more than the options.
+    config = chosen.config_for(gm)
+    packer = Packer(config, chosen.checkpoint)
+
+    # Which Linears there are, and which may be quantised.
+    gm = detect_linears(gm, inputs=inputs, config=config)
+    # Which tokens they see; facts only, so that a rule never meets a half-edited graph.
+    gm = annotate_token_types(gm, inputs=inputs, config=config)
+    if chosen.dry_run:
+        record(GraphRecord.of(gm, inputs, config, packer))
+        return gm.forward
+    # The one edit: one transform per group, one integer product per Linear, epilogues as plain pointwise nodes.
+    gm = insert_freeact_ops(
+        gm, inputs=inputs, config=config, operands=_operands_of(gm, inputs, packer)
+    )
+    report = GraphRecord.of(gm, inputs, config, packer)
+    record(report)
+    if config.strict:
+        _raise_on_refusals(report, config)
+
+    trailing: TrailingInputs = gm.meta[TRAILING_KEY]
+    placeholders = _placeholders(gm)
+    added = [value_of(node) for node in placeholders[len(example_inputs) :]]
+    compiled = _compile(gm, [*example_inputs, *added], chosen, config.digest)
+    dense = [_dense(linear, placeholders, gm, inputs) for linear in trailing.dense]
+    return Runner(compiled, trailing, dense, packer, config, _label(gm))
+
+
+def observe_graph(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    config: QuantConfig,
+    observer: Callable[[list[tuple[LinearFact, Tensor, Tensor | None]]], Callable[..., None]],
+) -> Callable[..., Any]:
+    """The same walk for calibration: an observer in front of each group, run eagerly.
+
+    observer  gives the function that takes each activation and its types, for the Linears (with their dense weight
+              and bias) that read it
+    """
+    gm = compat.copy_of_graph(gm)
+    inputs = dict(zip(_placeholders(gm), example_inputs, strict=True))
+    gm = detect_linears(gm, inputs=inputs, config=config)
+    gm = annotate_token_types(gm, inputs=inputs, config=config)
+
+    def of_group(linears: list[LinearFact]) -> Callable[..., None]:
+        parameters = [_parameters(gm, inputs, linear) for linear in linears]
+        return observer([(f, *p) for f, p in zip(linears, parameters, strict=True)])
+
+    gm = insert_observers(gm, inputs=inputs, config=config, observer=of_group)
+    return Runner(gm.forward, gm.meta[TRAILING_KEY], [], Packer(config, None), config, _label(gm))
+
+
+def _compile(
+    gm: GraphModule, example_inputs: Sequence[Any], chosen: Options, digest: str
+) -> Callable[..., Any]:
+    if chosen.compiler == "eager":
+        return gm.forward
+    lowering.register()
+    return compat.compile_with_inductor(gm, example_inputs, chosen.inductor, digest)
+
+
+def _placeholders(gm: GraphModule) -> list[Node]:
+    return [n for n in gm.graph.nodes if n.op == "placeholder"]
+
+
+def _operands_of(
+    gm: GraphModule, inputs: dict[Node, Any], packer: Packer
+) -> Callable[[LinearFact], LinearOperands | str]:
+    def operands(linear: LinearFact) -> LinearOperands | str:
+        weight, bias = _parameters(gm, inputs, linear)
+        found = packer.pack(linear.name, weight, bias, transposed=linear.transposed)
+        return found if isinstance(found, str) else LinearOperands(*found)
+
+    return operands
+
+
+def _parameters(
+    gm: GraphModule, inputs: dict[Node, Any], linear: LinearFact
+) -> tuple[Tensor, Tensor | None]:
+    weight = tensor_of(gm, linear.weight, inputs)
+    assert weight is not None, "detect refuses a Linear without a weight"
+    return weight, None if linear.bias is None else tensor_of(gm, linear.bias, inputs)
+
+
+def _dense(
+    linear: LinearFact, placeholders: list[Node], gm: GraphModule, inputs: dict[Node, Any]
+) -> DenseLinear:
+    def locate(node: Node | None) -> int | Tensor | None:
+        if node is None:
+            return None
+        return placeholders.index(node) if node.op == "placeholder" else tensor_of(gm, node, inputs)
+
+    weight = locate(linear.weight)
+    assert weight is not None
+    return DenseLinear(linear.name, weight, locate(linear.bias), linear.transposed)
+
+
+def _label(gm: GraphModule) -> str:
+    names = [linear.name for linear in facts_of(gm)]
+    return f"the graph with {names[0]}" if names else "a graph without Linears"
+
+
+def _raise_on_refusals(report: GraphRecord, config: QuantConfig) -> None:
+    refused = [r for r in report.unexpected(config)]
+    if refused:
+        lines = "; ".join(f"{r.name}: {r.reason}" for r in refused)
+        raise UnsupportedLinear(
+            f"strict=True and {len(refused)} Linears cannot be quantised: {lines}. "
+            f"List them in QuantConfig.skip, or set strict=False."
+        )
+
+
+def check_inference(module: torch.nn.Module | None) -> None:
+    """Raise ConfigError for a module in training mode: quantised Linears have no gradients."""
+    if module is not None and module.training:
+        raise ConfigError(
+            f"{type(module).__name__}: backend 'freeact' is for inference, but the module is in training "
+            f"mode (training=True). Call model.eval() first."
+        )

@@ -1,0 +1,123 @@
+"""The closed-form transform of a group from second moments, projected to Kronecker factors.
+
+With per-token and per-channel scales the rounding error of ``x W`` is, up to a constant, ``tr(C M) tr(G M^-1)`` for
+``M = P P^T``, ``C`` the second moment of the activation and ``G = W W^T`` of the weights. Its minimum over all M is the
+geometric mean of ``C^-1`` and ``G`` (the optimum that WUSH, arXiv 2512.00956, states through an SVD)::
+
+    M* = C^-1 # G = C^-1/2 (C^1/2 G C^1/2)^1/2 C^-1/2
+
+Here ``P = diag(s) (L kron R)``: the channel scale ``s`` first, in closed form, then L and R in turn, each the optimum
+for partial traces of C and G under the other. An orthogonal factor behind each, free in this objective, spreads what
+is left over all coordinates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .config import QuantConfig
+from .transform import GroupTransform, kronecker_shape
+
+_ALTERNATIONS = 8
+_DAMPING = 1e-3
+
+
+def _power(matrix: Tensor, exponent: float) -> Tensor:
+    values, vectors = torch.linalg.eigh((matrix + matrix.t()) / 2)
+    floor = values[-1].clamp_min(1e-30) * 1e-12
+    return (vectors * values.clamp_min(floor) ** exponent) @ vectors.t()
+
+
+def geometric_mean(a: Tensor, b: Tensor) -> Tensor:
+    """``A # B`` of two symmetric positive definite matrices."""
+    root, inverse_root = _power(a, 0.5), _power(a, -0.5)
+    return root @ _power(inverse_root @ b @ inverse_root, 0.5) @ root
+
+
+def _damped(matrix: Tensor) -> Tensor:
+    """Add a part of the mean eigenvalue: few tokens must not make a direction look free of charge."""
+    size = matrix.shape[0]
+    eye = torch.eye(size, dtype=matrix.dtype)
+    mean = matrix.diagonal().mean()
+    return matrix + (_DAMPING * mean if mean > 0 else 1.0) * eye
+
+
+def kronecker_transform(
+    moment: Tensor, gram: Tensor, config: QuantConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Channel scale [K], left [D1, D1] and right [D2, D2] factor, all fp32.
+
+    moment  [K, K] second moment of the activations (already centred if the plan shifts)
+    gram    [K, K] sum over the group's Linears of ``W W^T`` (W is [K, N])
+
+    Raises ValueError if K has no legal Kronecker shape.
+    """
+    num_features = moment.shape[0]
+    shape = kronecker_shape(num_features)
+    if shape is None:
+        raise ValueError(f"in_features {num_features} has no legal Kronecker shape")
+    d1, d2 = shape
+    moment, gram = _damped(moment.double()), _damped(gram.double())
+    scale = (gram.diagonal() / moment.diagonal()) ** 0.25
+    scale = (scale / scale.log().mean().exp()).clamp(1e-4, 1e4)
+    c = (scale[:, None] * moment * scale).view(d1, d2, d1, d2)
+    g = (gram / scale[:, None] / scale).view(d1, d2, d1, d2)
+    m_right = torch.eye(d2, dtype=torch.float64)
+    m_left = torch.eye(d1, dtype=torch.float64)
+    for _ in range(_ALTERNATIONS):
+        c_left = torch.einsum("ajbk,jk->ab", c, m_right)
+        g_left = torch.einsum("ajbk,jk->ab", g, torch.linalg.inv(m_right))
+        m_left = geometric_mean(_power(c_left, -1.0), g_left)
+        m_left = m_left / m_left.diagonal().mean()
+        c_right = torch.einsum("ajbk,ab->jk", c, m_left)
+        g_right = torch.einsum("ajbk,ab->jk", g, torch.linalg.inv(m_left))
+        m_right = geometric_mean(_power(c_right, -1.0), g_right)
+        m_right = m_right / m_right.diagonal().mean()
+    generator = torch.Generator().manual_seed(config.seed)
+
+    def spread(n: int) -> Tensor:
+        return torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
+
+    left, right = _power(m_left, 0.5) @ spread(d1), _power(m_right, 0.5) @ spread(d2)
+    return scale.float(), left.float(), right.float()
+
+
+def fit_transform(
+    plan: str,
+    means: Tensor,
+    moments: Tensor,
+    weights_of_type: Tensor,
+    gram: Tensor,
+    config: QuantConfig,
+) -> GroupTransform:
+    """The transform of plan ``single`` or ``shift`` for a group's statistics; clips are 1, to be searched.
+
+    means            [P, K] fp64, the last (untyped) row unused
+    moments          [P, K, K] second moment of each type, uncentred
+    weights_of_type  [P] how much each type counts
+    gram             [K, K]
+    """
+    shift = None
+    total = torch.zeros_like(gram, dtype=torch.float64)
+    for index, weight in enumerate(weights_of_type.tolist()):
+        if weight > 0:
+            moment = moments[index].double()
+            if plan == "shift" and index < config.num_types:
+                moment = moment - torch.outer(means[index], means[index])
+            total += weight * moment
+    if plan == "shift":
+        shift = means.float()
+        shift[-1] = 0
+    scale, left, right = kronecker_transform(total, gram, config)
+    num_rows = config.num_types + 1
+    return GroupTransform(
+        plan=plan,
+        left=left,
+        right=right.unsqueeze(0),
+        clip=torch.ones(num_rows),
+        shift=shift,
+        channel_scale=scale,
+        widths=(left.shape[1],),
+        slice_of_type=(0,) * num_rows,
+    )

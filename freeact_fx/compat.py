@@ -1,0 +1,172 @@
+"""The one place that imports torch's private compiler modules; torch 2.11 to 2.15 agree on what is used here.
+
+Imported at the first backend call, never by ``import freeact_fx``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.decomposition import register_decomposition
+from torch.fx import GraphModule, Node
+
+__all__ = ["compile_with_inductor", "mode_options", "register_decomposition", "traced_module"]
+
+
+def _source_digest() -> str:
+    """Hash of every source file of the package: Inductor's cache key does not see our lowerings."""
+    digest = hashlib.sha256()
+    for folder in (Path(__file__).parent, *_mapped_folders()):
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _mapped_folders() -> list[Path]:
+    """Where ``freeact_fx.passes`` and ``freeact_fx.codegen`` are: elsewhere in an editable install."""
+    import freeact_fx.codegen
+    import freeact_fx.passes
+
+    folders = [p for m in (freeact_fx.codegen, freeact_fx.passes) for p in m.__path__]
+    return [Path(p) for p in sorted(folders)]
+
+
+class CacheKey(CustomGraphPass):
+    """Edits nothing: its ``uuid`` puts our sources and options into Inductor's cache key."""
+
+    def __init__(self, options_digest: str) -> None:
+        self._uuid = f"freeact:{_source_digest()}:{options_digest}"
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        pass
+
+    def uuid(self) -> str:
+        return self._uuid
+
+
+class _Both(CustomGraphPass):
+    """A user's own pass, then ours: torch 2.11 takes one object only."""
+
+    def __init__(self, theirs: CustomGraphPass, ours: CacheKey) -> None:
+        self._theirs, self._ours = theirs, ours
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self._theirs(graph)
+
+    def uuid(self) -> Any:
+        theirs = self._theirs.uuid()
+        return None if theirs is None else (theirs, self._ours.uuid())
+
+
+def compile_with_inductor(
+    gm: GraphModule, example_inputs: Sequence[Any], options: dict[str, Any], options_digest: str
+) -> Callable[..., Any]:
+    """Hand a rewritten Dynamo graph to Inductor, as inference, with our sources in the cache key."""
+    key = CacheKey(options_digest)
+    slot = "post_grad_custom_pre_pass"
+    theirs = options.get(slot, getattr(inductor_config, slot))
+    if theirs is None:
+        pass_value: Any = key
+    elif isinstance(theirs, (list, tuple)):
+        pass_value = [*theirs, key]
+    else:
+        pass_value = _Both(theirs, key)
+    with torch.no_grad():
+        compiled: Any = compile_fx(
+            gm, list(example_inputs), config_patches={**options, slot: pass_value}
+        )
+        return compiled
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """Inductor's options for a ``torch.compile`` mode."""
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode)) if mode else {}
+
+
+def known_modes() -> tuple[str, ...]:
+    from torch._inductor import list_mode_options
+
+    return tuple(list_mode_options())
+
+
+def unknown_inductor_option(options: dict[str, Any]) -> str | None:
+    """The first key that is not an Inductor option, or None."""
+    known = inductor_config.get_config_copy()
+    return next((key for key in options if key.replace("-", "_") not in known), None)
+
+
+def known_inductor_options() -> list[str]:
+    return list(inductor_config.get_config_copy())
+
+
+def traced_module() -> torch.nn.Module | None:
+    """The module whose forward Dynamo is tracing, if it can be told."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        scope = InstructionTranslator.current_tx().output.local_scope
+    except (ImportError, AttributeError):
+        return None
+    module = scope.get("self")
+    return module if isinstance(module, torch.nn.Module) else None
+
+
+def copy_of_graph(gm: GraphModule) -> GraphModule:
+    """A copy that the passes may edit: Dynamo goes on reading its own graph, and may call a backend twice for it."""
+    graph = torch.fx.Graph()
+    copies: dict[Node, Node] = {}
+    result = graph.graph_copy(gm.graph, copies)
+    (output,) = [n for n in gm.graph.nodes if n.op == "output"]
+    graph.output(result).meta.update(output.meta)
+    for node, copy in copies.items():
+        if hasattr(node, "_dynamo_source"):
+            copy._dynamo_source = node._dynamo_source
+    copied = GraphModule(gm, graph, type(gm).__name__)
+    copied.meta.update(gm.meta)
+    for name in ("_param_name_to_source", "_backend_id", "_has_user_defined_allowed_in_graph"):
+        if hasattr(gm, name):
+            setattr(copied, name, getattr(gm, name))
+    return copied
+
+
+@contextlib.contextmanager
+def traced_apart(
+    model: torch.nn.Module, backend: Callable[..., Any]
+) -> Iterator[Callable[..., Any]]:
+    """A model compiled for one purpose of ours, beside whatever its user compiles.
+
+    Dynamo counts compilations per code object and gives up silently at its limit; so the model is called from a
+    function whose code is new, and the limit is out of the way meanwhile.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    run.__code__ = run.__code__.replace(co_name="freeact_trace")
+    with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096):
+        yield torch.compile(run, backend=backend)
+
+
+def propagate_shapes(gm: GraphModule, example_inputs: Sequence[Any]) -> None:
+    """Give every node of a graph its fake value, where it has none."""
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+    if all("val" in n.meta or "example_value" in n.meta for n in _value_nodes(gm)):
+        return
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    FakeTensorProp(gm, mode).propagate(*example_inputs)
+
+
+def _value_nodes(gm: GraphModule) -> list[Node]:
+    return [n for n in gm.graph.nodes if n.op != "output"]

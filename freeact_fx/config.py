@@ -1,0 +1,144 @@
+"""What the user can choose: one frozen dataclass, its check, and the digest used in cache keys."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from .errors import ConfigError, nearest_name
+from .token_types import TokenTypes
+
+PLANS = ("single", "shift", "paper", "duplicate", "branch")
+ActivationBits = Literal[4, 8, "e4m3"]
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How to quantise a model. Unknown names and impossible values raise ConfigError."""
+
+    weight_bits: int = 4
+    """Bits of a weight code; 4 is the only width. Symmetric, one scale per output channel and slice."""
+    activation_bits: ActivationBits = 4
+    """4 (codes in [-7, 7]), 8 ([-127, 127]) or "e4m3" (8-bit floating point); dynamic scale per token."""
+    token_types: TokenTypes = field(default_factory=TokenTypes.auto)
+    """Which token types there are and what makes a token one of them. A plain dict is accepted too."""
+    plan: str = "auto"
+    """Per group: "single", "shift", "paper", "duplicate", "branch", or "auto" (the best of those that were
+    calibrated; without a checkpoint "single")."""
+    memory_budget: float = 1.1
+    """Storage that "auto" may use, as a multiple of the packed weights under plan "single"."""
+    branch_rank: int = 32
+    """Columns of the 16-bit low-rank branch (per type if own, in all if shared)."""
+    include: tuple[str, ...] = ()
+    """Name patterns (fnmatch) of Linears to quantise even if skipped otherwise."""
+    skip: tuple[str, ...] = ("lm_head",)
+    """Name patterns of Linears to leave alone; one without a dot also matches the last part of a name. A Linear
+    whose weight is an embedding's too is left alone unless it is included."""
+    vision_tower: bool = False
+    """True: quantise the Linears that compute what is merged into the embeddings, as type 0."""
+    sink: str | None = "first"
+    """ "first": the first position of each sequence is a token type of its own, for the massive activations
+    that sit there; None: it is not."""
+    quantize: bool = True
+    """False: transforms stay, rounding goes. For equivalence tests; needs dense weights."""
+    strict: bool = False
+    """True: a Linear that cannot be quantised raises UnsupportedLinear instead of staying as it was."""
+    seed: int = 0
+    """Seed of the data-free orthogonal transforms and of the calibration samples."""
+    sample_tokens: int = 256
+    """Calibration: tokens kept per group and type to choose clips and to measure errors on. Memory: tokens x types
+    x K x 4 bytes per group."""
+    clip_search: bool = True
+    """Calibration: choose the clip of each type and of each output channel by measured error; costs about a
+    tenth of the calibration time."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.token_types, Mapping):
+            object.__setattr__(self, "token_types", TokenTypes.from_dict(self.token_types))
+        for name in ("include", "skip"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        self._check("weight_bits", self.weight_bits == 4, "must be 4", "weights are 4-bit codes")
+        self._check(
+            "activation_bits",
+            self.activation_bits in (4, 8, "e4m3") and not isinstance(self.activation_bits, bool),
+            "must be 4, 8 or 'e4m3'",
+            "choose one of them",
+        )
+        self._check(
+            "token_types",
+            isinstance(self.token_types, TokenTypes),
+            "must be a TokenTypes or its dict",
+            "for example TokenTypes.mask_token(126336)",
+        )
+        plans = (*PLANS, "auto")
+        self._check(
+            "plan",
+            self.plan in plans,
+            f"must be one of {', '.join(plans)}",
+            nearest_name(str(self.plan), plans).strip(),
+        )
+        self._check(
+            "memory_budget", self.memory_budget >= 1, "must be at least 1", "1.1 is the default"
+        )
+        self._check("branch_rank", self.branch_rank >= 1, "must be at least 1", "32 is the default")
+        self._check("sink", self.sink in (None, "first"), "must be 'first' or None", "use one")
+        self._check(
+            "sample_tokens", self.sample_tokens >= 16, "must be at least 16", "256 is the default"
+        )
+
+    def _check(self, name: str, ok: bool, rule: str, way_out: str) -> None:
+        if not ok:
+            raise ConfigError(
+                f"QuantConfig.{name}: {rule}, got {getattr(self, name)!r}. {way_out}."
+            )
+
+    @staticmethod
+    def from_options(options: Mapping[str, Any]) -> QuantConfig:
+        """Build a config from a plain mapping; an unknown key raises, naming the nearest one."""
+        known = {f.name for f in fields(QuantConfig)}
+        for key in options:
+            if key not in known:
+                raise ConfigError(f"QuantConfig: unknown field {key!r}.{nearest_name(key, known)}")
+        return QuantConfig(**options)
+
+    @property
+    def type_names(self) -> tuple[str, ...]:
+        """Names of all types, the sink's last; their order is the numbering used everywhere."""
+        return self.token_types.names + ((self.sink,) if self.sink else ())
+
+    @property
+    def num_types(self) -> int:
+        return len(self.type_names)
+
+    @property
+    def sink_index(self) -> int | None:
+        return len(self.token_types.types) if self.sink else None
+
+    @property
+    def qmax(self) -> int:
+        """Largest activation code; 0: no rounding (quantisers off)."""
+        if not self.quantize:
+            return 0
+        return {4: 7, 8: 127, "e4m3": 448}[self.activation_bits]
+
+    @property
+    def types_json(self) -> str:
+        """The declaration of the token types, as converted Linears carry it."""
+        return json.dumps({"token_types": self.token_types.to_dict(), "sink": self.sink})
+
+    def to_dict(self) -> dict[str, Any]:
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        return data | {
+            "token_types": self.token_types.to_dict(),
+            "include": list(self.include),
+            "skip": list(self.skip),
+        }
+
+    @property
+    def digest(self) -> str:
+        """Content digest, part of every cache key."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,216 @@
+"""Put packed 4-bit weights into a model, in place: dense weights out, layer by layer."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import Checkpoint
+from .config import QuantConfig
+from .eligibility import TOWER_REASON, ineligible_reason, is_tower_name, matches
+from .errors import CheckpointError, ConfigError, UnsupportedLinear
+from .token_types import explicit_types
+from .transform import GroupTransform, PackedLinear, orthogonal_transform, pack_linear
+
+
+class _FixedDtype(nn.Module):
+    """Buffers that follow the model's device but keep their dtype: codes, scales and transforms are not activations."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class GroupTransformModule(_FixedDtype):
+    """A group's transform as buffers; shared by the group's Linears, so the state dict names it under each of them."""
+
+    def __init__(self, transform: GroupTransform) -> None:
+        super().__init__()
+        for name in ("shift", "channel_scale", "left", "right", "clip", "lowrank"):
+            self.register_buffer(name, getattr(transform, name))
+        self.plan = transform.plan
+        self.num_features = transform.num_features
+        self.widths = list(transform.widths)
+        self.slice_of_type = list(transform.slice_of_type)
+        self.own_rank = transform.own_rank
+
+
+class FreeActLinear(_FixedDtype):
+    """A converted Linear: [..., K] to [..., N]. Its forward is one op, which the backend takes apart.
+
+    In eager mode it runs the reference, with the types of an enclosing ``freeact_fx.token_types``; without one (or
+    with one of another shape) it uses the default type and warns once if there are others.
+    """
+
+    def __init__(
+        self, transform: GroupTransformModule, packed: PackedLinear, config: QuantConfig, name: str
+    ) -> None:
+        super().__init__()
+        self.transform = transform
+        self.register_buffer("weight_packed", packed.weight)
+        self.register_buffer("weight_scale", packed.weight_scale)
+        self.register_buffer("bias_table", packed.bias_table)
+        self.register_buffer("branch_weight", packed.branch_weight)
+        self.in_features = transform.num_features
+        self.out_features = packed.weight.shape[0]
+        self.qmax = config.qmax
+        self.types = config.types_json
+        self.type_names = config.type_names
+        self.name = name
+        self._warned = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        types = None if torch.compiler.is_compiling() else self._eager_types(x)
+        t = self.transform
+        return torch.ops.freeact.linear.default(
+            x,
+            types,
+            t.shift,
+            t.channel_scale,
+            t.left,
+            t.right,
+            t.clip,
+            t.lowrank,
+            self.weight_packed,
+            self.weight_scale,
+            self.bias_table,
+            self.branch_weight,
+            t.widths,
+            t.slice_of_type,
+            0,
+            t.own_rank,
+            self.qmax,
+            self.types,
+        )
+
+    def _eager_types(self, x: Tensor) -> Tensor | None:
+        types = explicit_types()
+        if types is not None and tuple(types.shape) == tuple(x.shape[:-1]):
+            return torch.where(types >= 0, types, 0)
+        if len(self.type_names) > 1 and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"freeact: {self.name} runs in eager mode without token types; it uses the default type "
+                f"{self.type_names[0]!r}. Compile the model with backend='freeact', or call it inside "
+                f"freeact_fx.token_types(types).",
+                stacklevel=4,
+            )
+        return None
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, plan={self.transform.plan}"
+
+
+def _dense_weight(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight [N, K] and bias of an ``nn.Linear`` or a transformers ``Conv1D``; None for anything else."""
+    if type(module) is nn.Linear:
+        return module.weight, module.bias
+    if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers"):
+        return module.weight.t(), module.bias  # type: ignore[operator, return-value]
+    return None
+
+
+@torch.no_grad()
+def convert(model: nn.Module, source: Checkpoint | QuantConfig | None = None) -> dict[str, str]:
+    """Replace Linears by ``FreeActLinear``, in place and one at a time: the peak is one dense weight above the result.
+
+    source  a Checkpoint: exactly its Linears are replaced, with its packed weights.
+            A QuantConfig (or None: the default one): data-free, every Linear that may be quantised.
+
+    Returns the Linears that were left alone, each with its reason. A weight tied to an embedding stays unless it is
+    included; then the embedding keeps the dense one. Raises CheckpointError if a Linear of the checkpoint is missing
+    or has another shape, ConfigError for ``quantize=False`` (that needs dense weights), UnsupportedLinear under
+    ``strict=True``.
+    """
+    if isinstance(source, Checkpoint):
+        return _convert_from(model, source)
+    config = source or QuantConfig()
+    if not config.quantize:
+        raise ConfigError(
+            "convert: QuantConfig.quantize=False needs dense weights, and convert drops them. "
+            "Compile the dense model with this config instead."
+        )
+    if config.plan == "paper":
+        raise ConfigError(
+            "convert: QuantConfig.plan='paper' needs a calibration to choose what to keep, and there "
+            "is no checkpoint. Call calibrate first, or choose another plan."
+        )
+    embeddings = {
+        id(m.weight)
+        for m in model.modules()
+        if isinstance(m, nn.Embedding) and m.weight is not None
+    }
+    left: dict[str, str] = {}
+    transforms: dict[tuple[int, torch.device], GroupTransformModule] = {}
+    for name, module in list(model.named_modules()):
+        dense = _dense_weight(module)
+        if dense is None:
+            continue
+        weight, bias = dense
+        tied = id(module.weight) in embeddings
+        reason = ineligible_reason(name, weight.shape[1], weight, tied, config)
+        if reason is None and is_tower_name(name) and not config.vision_tower:
+            reason = None if matches(name, config.include) else TOWER_REASON
+        if reason is None and not bool(weight.isfinite().all()):
+            reason = "its weight holds NaN or infinite values"
+        if reason is not None:
+            if config.strict and not matches(name, config.skip):
+                raise UnsupportedLinear(f"{name}: {reason}.")
+            left[name] = reason
+            continue
+        key = (weight.shape[1], weight.device)
+        transform = orthogonal_transform(weight.shape[1], config).to(weight.device)
+        if key not in transforms:
+            transforms[key] = GroupTransformModule(transform)
+        packed = pack_linear(transform, weight, bias, config)
+        _replace(model, name, FreeActLinear(transforms[key], packed, config, name))
+    return left
+
+
+def _convert_from(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    modules = dict(model.named_modules())
+    for name, entry in checkpoint.linears.items():
+        dense = _dense_weight(modules[name]) if name in modules else None
+        if dense is None:
+            raise CheckpointError(
+                f"convert: the checkpoint has a Linear {name!r}, the model has "
+                f"{type(modules[name]).__name__ if name in modules else 'nothing'} there. Use the "
+                f"checkpoint of this model, and convert a dense model once."
+            )
+        expected = [entry.packed.weight.shape[0], entry.num_features]
+        if list(dense[0].shape) != expected:
+            raise CheckpointError(
+                f"convert: {name}: the checkpoint was made for a weight of shape {expected}, the model "
+                f"has {list(dense[0].shape)}. Use the checkpoint of this model."
+            )
+    groups: dict[str, GroupTransformModule] = {}
+    for name, entry in checkpoint.linears.items():
+        dense = _dense_weight(modules[name])
+        assert dense is not None
+        device = dense[0].device
+        if entry.group not in groups:
+            groups[entry.group] = GroupTransformModule(checkpoint.groups[entry.group].to(device))
+        packed = PackedLinear(**{n: t.to(device) for n, t in entry.packed.tensors().items()})
+        linear = FreeActLinear(groups[entry.group], packed, checkpoint.config, name)
+        _replace(model, name, linear)
+    return {
+        name: "not in the checkpoint"
+        for name, module in model.named_modules()
+        if _dense_weight(module) is not None
+    }
+
+
+def _replace(model: nn.Module, name: str, linear: FreeActLinear) -> None:
+    """Put a converted Linear in place of a dense one, wherever the model holds it."""
+    dense = model.get_submodule(name)
+    linear.train(dense.training)
+    for parent in list(model.modules()):
+        for child, module in parent._modules.items():
+            if module is dense:
+                parent._modules[child] = linear

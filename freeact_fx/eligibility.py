@@ -1,0 +1,61 @@
+"""Which Linears may be quantised: one predicate for the graph passes and for ``convert``."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .config import QuantConfig
+from .transform import illegal_features_reason
+
+# The fallback where the graph does not show the merge: path components that name an encoder of something else.
+_TOWER_NAME = re.compile(
+    r"(^|[._])(vision|visual|image|audio|video|pixel|patch|multi_modal|connector)"
+)
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """True if a pattern matches the whole name or, for a pattern without a dot, its last component."""
+    last = name.rpartition(".")[2]
+    return any(
+        fnmatch.fnmatch(name, p) or ("." not in p and fnmatch.fnmatch(last, p)) for p in patterns
+    )
+
+
+def is_tower_name(name: str) -> bool:
+    """True if a path says that the Linear belongs to a vision, audio or similar encoder."""
+    return _TOWER_NAME.search(name) is not None
+
+
+def ineligible_reason(
+    name: str, num_features: int, weight: Tensor | None, tied: bool, config: QuantConfig
+) -> str | None:
+    """Why a Linear stays as it is, or None.
+
+    weight  the dense weight, or None where a converted Linear holds packed codes already
+    tied    the weight is an embedding's too
+    """
+    included = matches(name, config.include)
+    if weight is not None:
+        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return (
+                f"weights must be float32, bfloat16 or float16, got {weight.dtype}; cast the layer"
+            )
+        if weight.layout != torch.strided or type(weight) not in (Tensor, torch.nn.Parameter):
+            return f"weights must be plain dense tensors, got {type(weight).__name__}"
+    if (reason := illegal_features_reason(num_features)) is not None:
+        return reason + "; pad the layer"
+    if included:
+        return None
+    if matches(name, config.skip):
+        return f"listed in QuantConfig.skip {list(config.skip)}"
+    if tied:
+        return "its weight is tied to an embedding; list it in QuantConfig.include to quantise it"
+    return None
+
+
+TOWER_REASON = "computes what is merged into the embeddings; set QuantConfig.vision_tower=True"

@@ -1,0 +1,152 @@
+"""What ``torch.compile(..., options={...})`` accepts: the fields of QuantConfig, and a few of the backend's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from . import compat
+from .checkpoint import Checkpoint
+from .config import QuantConfig
+from .errors import ConfigError, nearest_name
+
+COMPILERS = ("inductor", "eager")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Parsed options of one ``torch.compile`` call.
+
+    config      the fields of ``QuantConfig`` that were given, over the checkpoint's, over the defaults
+    checkpoint  a Checkpoint, or the path of one
+    enabled     False: the graph goes to the compiler as it is
+    dry_run     True: report what would happen, change nothing
+    compiler    "inductor", or "eager": the passes without Inductor, for tests and debugging
+    mode        as in ``torch.compile(mode=...)``, which torch does not allow beside ``options=``
+    inductor    Inductor's own options
+    """
+
+    config: QuantConfig
+    checkpoint: Checkpoint | None = None
+    enabled: bool = True
+    dry_run: bool = False
+    compiler: str = "inductor"
+    inductor: dict[str, Any] = field(default_factory=dict)
+    types_given: bool = False
+
+    @staticmethod
+    def parse(mode: str | None, options: Mapping[str, Any] | None) -> Options:
+        """Check the names and values; raises ConfigError with the nearest valid name."""
+        given = dict(options or {})
+        config_fields = {f.name for f in fields(QuantConfig)}
+        own = {"checkpoint", "enabled", "dry_run", "compiler", "mode", "inductor"}
+        for key in given:
+            if key not in config_fields | own:
+                raise ConfigError(
+                    f"options: unknown key {key!r}.{nearest_name(key, config_fields | own)}"
+                )
+        if mode is not None and given.get("mode") not in (None, mode):
+            raise ConfigError(
+                f"options['mode'] is {given['mode']!r}, but mode={mode!r} was given too."
+            )
+        mode = mode or given.get("mode")
+        if mode not in (None, *compat.known_modes()):
+            raise ConfigError(
+                f"mode: unknown {mode!r}.{nearest_name(str(mode), compat.known_modes())}"
+            )
+        inductor = {**compat.mode_options(mode), **given.get("inductor", {})}
+        if (unknown := compat.unknown_inductor_option(inductor)) is not None:
+            hint = nearest_name(unknown, compat.known_inductor_options())
+            raise ConfigError(f"options['inductor']: unknown key {unknown!r}.{hint[:200]}")
+        compiler = given.get("compiler", "inductor")
+        if compiler not in COMPILERS:
+            raise ConfigError(
+                f"options['compiler']: must be 'inductor' or 'eager', got {compiler!r}."
+            )
+        checkpoint = given.get("checkpoint")
+        if isinstance(checkpoint, (str, Path)):
+            checkpoint = _load_once(str(Path(checkpoint).resolve()))
+        if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
+            raise ConfigError(
+                f"options['checkpoint']: must be a Checkpoint or its path, got {type(checkpoint).__name__}."
+            )
+        chosen = {k: v for k, v in given.items() if k in config_fields}
+        config = QuantConfig.from_options(chosen)
+        if checkpoint is not None:
+            config = replace(checkpoint.config, **{k: getattr(config, k) for k in chosen})
+            _check_types(config, checkpoint)
+        elif config.plan == "paper":
+            raise ConfigError(
+                "QuantConfig.plan: 'paper' needs a calibration to choose what to keep, and there is no "
+                "checkpoint. Call calibrate first, or choose another plan."
+            )
+        return Options(
+            config,
+            checkpoint,
+            bool(given.get("enabled", True)),
+            bool(given.get("dry_run", False)),
+            compiler,
+            inductor,
+            "token_types" in chosen or checkpoint is not None,
+        )
+
+    def config_for(self, gm: GraphModule) -> QuantConfig:
+        """The config for a graph: converted Linears in it bring their own token types.
+
+        Raises ConfigError if they contradict each other or the options, or with ``quantize=False``.
+        """
+        declared = {
+            node.args[-1]
+            for node in gm.graph.nodes
+            if node.target is torch.ops.freeact.linear.default
+        }
+        if not declared:
+            return self.config
+        if not self.config.quantize:
+            raise ConfigError(
+                "quantize=False needs dense weights, and this model was converted: they are gone. "
+                "Compile the dense model with options={'checkpoint': ..., 'quantize': False}."
+            )
+        if len(declared) > 1:
+            raise ConfigError(
+                f"the converted Linears of this graph declare {len(declared)} different sets of token "
+                f"types. Convert a model with one checkpoint."
+            )
+        own = json.loads(str(declared.pop()))
+        config = replace(self.config, **own)
+        if self.types_given and config.type_names == self.config.type_names:
+            return self.config
+        if self.types_given:
+            raise ConfigError(
+                f"options['token_types']: the model was converted for the types "
+                f"{list(config.type_names)}, the options give {list(self.config.type_names)}. Leave "
+                f"them out, or use a checkpoint with these types."
+            )
+        return config
+
+
+def _check_types(config: QuantConfig, checkpoint: Checkpoint) -> None:
+    if config.type_names != checkpoint.config.type_names:
+        raise ConfigError(
+            f"options: the checkpoint was calibrated for the token types "
+            f"{list(checkpoint.config.type_names)}, the options give {list(config.type_names)}. Leave "
+            f"token_types and sink out, or calibrate anew."
+        )
+
+
+_loaded: dict[tuple[str, int], Checkpoint] = {}
+
+
+def _load_once(path: str) -> Checkpoint:
+    """torch calls the backend once per graph; the file is read once per version of it."""
+    file = Path(path) / "config.json"
+    key = (path, file.stat().st_mtime_ns if file.exists() else 0)
+    if key not in _loaded:
+        _loaded[key] = Checkpoint.load(path)
+    return _loaded[key]

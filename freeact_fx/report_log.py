@@ -1,0 +1,194 @@
+"""Records of compiled graphs, and how ``explain`` puts them together into one report of a model."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from .config import QuantConfig
+from .eligibility import TOWER_REASON, matches
+from .packing import Packer
+from .passes.node_facts import LinearFact, facts_of, tensor_of, value_of
+from .report import LinearReport, Report
+
+# Graphs compiled in this process, oldest first. Weights are held weakly.
+_log: deque[GraphRecord] = deque(maxlen=4096)
+
+
+@dataclass
+class GraphRecord:
+    """The Linears of one compiled graph, each with a weak reference to its weight."""
+
+    linears: list[tuple[LinearReport, weakref.ref[Tensor] | None]]
+    type_names: tuple[str, ...]
+
+    @staticmethod
+    def of(
+        gm: GraphModule, inputs: dict[Node, Any], config: QuantConfig, packer: Packer
+    ) -> GraphRecord:
+        facts = facts_of(gm)
+        groups: dict[Any, list[str]] = {}
+        for linear in facts:
+            if linear.refusal is None:
+                groups.setdefault(_group_key(linear), []).append(linear.name)
+        rows: list[tuple[LinearReport, weakref.ref[Tensor] | None]] = []
+        for linear in facts:
+            weight = tensor_of(gm, linear.weight, inputs)
+            row = _row(linear, weight, inputs, config, packer)
+            row.group = tuple(groups.get(_group_key(linear), ())) if row.quantized else ()
+            rows.append((row, None if weight is None else weakref.ref(weight)))
+        return GraphRecord(rows, config.type_names)
+
+    def unexpected(self, config: QuantConfig) -> list[LinearReport]:
+        """Linears left alone that the user did not leave out himself."""
+        expected = ("listed in QuantConfig.skip", "its weight is tied", TOWER_REASON)
+        return [
+            row
+            for row, _ in self.linears
+            if row.reason is not None
+            and (not row.reason.startswith(expected) or matches(row.name, config.include))
+        ]
+
+
+def _group_key(linear: LinearFact) -> Any:
+    return (linear.x, id(linear.operands.get("left")) if linear.converted else None)
+
+
+def _row(
+    linear: LinearFact,
+    weight: Tensor | None,
+    inputs: dict[Node, Any],
+    config: QuantConfig,
+    packer: Packer,
+) -> LinearReport:
+    shape = (linear.num_outputs, linear.num_features)
+    bytes_per_weight = 2 if weight is None or linear.converted else weight.element_size()
+    row = LinearReport(
+        linear.name,
+        shape,
+        type_source=linear.type_source,
+        dense_bytes=shape[0] * shape[1] * bytes_per_weight,
+    )
+    operands: dict[str, Tensor] = {}
+    if linear.refusal is None and linear.converted:
+        operands = {
+            name: tensor
+            for name in ("weight", "weight_scale", "bias_table", "branch_weight")
+            if isinstance(tensor := inputs.get(linear.operands[name]), Tensor)
+        }
+        row.plan = _converted_plan(linear)
+    elif linear.refusal is None and weight is not None:
+        dense = weight.detach().t() if linear.transposed else weight.detach()
+        transform = packer.transform(linear.name, dense)
+        if isinstance(transform, str):
+            linear.refusal = transform
+        else:
+            row.plan = transform.plan
+    if linear.refusal is not None:
+        row.reason = linear.refusal
+        row.precision = "-" if weight is None else str(weight.dtype).removeprefix("torch.")
+        return row
+    row.state = linear.state
+    row.precision = (
+        f"W4A{config.activation_bits}" if config.quantize else "transformed, not rounded"
+    )
+    num_codes = shape[1]
+    if operands:
+        row.packed_bytes = sum(t.numel() * t.element_size() for t in operands.values())
+        slices = operands["weight_scale"].shape[0] if "weight_scale" in operands else 1
+        num_codes *= slices if row.plan == "duplicate" else 1
+    else:
+        num_codes *= config.num_types if row.plan == "duplicate" else 1
+        row.packed_bytes = shape[0] * (num_codes // 2 + 4)
+    row.engine_bytes = shape[0] * num_codes
+    return row
+
+
+def _converted_plan(linear: LinearFact) -> str:
+    """A converted Linear's plan, read off its operands."""
+    o = linear.operands
+    if o["lowrank"] is not None:
+        return "branch"
+    if len(o["widths"]) > 1:
+        return "duplicate" if len(set(o["widths"])) == 1 and _is_full(linear) else "paper"
+    return "single" if o["shift"] is None else "shift"
+
+
+def _is_full(linear: LinearFact) -> bool:
+    return int(linear.operands["widths"][0]) == int(value_of(linear.operands["left"]).shape[0])
+
+
+def record(graph: GraphRecord) -> None:
+    _log.append(graph)
+
+
+@contextlib.contextmanager
+def collected() -> Iterator[list[GraphRecord]]:
+    """The graphs that are recorded inside this context."""
+    found: list[GraphRecord] = []
+    start = len(_log)
+    last = _log[-1] if _log else None
+    yield found
+    records = list(_log)
+    at = next((i for i in reversed(range(len(records))) if records[i] is last), -1)
+    found += records[at + 1 :] if last is not None else records[start:]
+
+
+def logged() -> list[GraphRecord]:
+    return list(_log)
+
+
+def model_report(model: nn.Module, graphs: list[GraphRecord]) -> Report:
+    """One row per Linear of the model, in model order; a Linear in several graphs is listed once.
+
+    Weights are matched by identity, so the names are the model's whatever frame Dynamo saw them in.
+    """
+    names: dict[int, str] = {}
+    for name, own in [*model.named_parameters(), *model.named_buffers()]:
+        names.setdefault(id(own), name.rpartition(".")[0])
+    rows: dict[str, LinearReport] = {}
+    aliases: dict[str, str] = {}
+    type_names: tuple[str, ...] = ()
+    used = 0
+    for graph in graphs:
+        mine = False
+        for row, weight in graph.linears:
+            tensor = None if weight is None else weight()
+            if tensor is not None and id(tensor) not in names:
+                continue
+            mine = True
+            name = names[id(tensor)] if tensor is not None else row.name
+            aliases[row.name] = name
+            seen = rows[name].graphs if name in rows else 0
+            rows[name] = replace(row, name=name, graphs=seen + 1)
+        if mine:
+            used += 1
+            type_names = graph.type_names
+    for row in rows.values():
+        row.group = tuple(aliases.get(n, n) for n in row.group)
+    ordered: list[LinearReport] = []
+    for name, module in model.named_modules():
+        if name in rows:
+            ordered.append(rows.pop(name))
+        elif isinstance(module, nn.Linear) or type(module).__name__ == "FreeActLinear":
+            shape = (int(module.out_features), int(module.in_features))
+            dtype = getattr(getattr(module, "weight", None), "dtype", torch.float32)
+            ordered.append(
+                LinearReport(
+                    name,
+                    shape,
+                    precision=str(dtype).removeprefix("torch."),
+                    reason="no graph has it: these inputs do not reach it, or its module calls its weight itself",
+                    graphs=0,
+                )
+            )
+    ordered += rows.values()
+    return Report(ordered, type_names, used)

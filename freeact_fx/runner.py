@@ -1,0 +1,128 @@
+"""What the backend hands back to Dynamo: the compiled graph, fed with the inputs that the passes added.
+
+At each call the runner looks up the packed weights of dense Linears (anew if a weight changed) and the token types that
+come from outside the graph: those of an enclosing ``freeact_fx.token_types``, else those that an earlier graph recorded
+for the hidden states that come in here (after a graph break), else none.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .config import QuantConfig
+from .errors import ConfigError
+from .packing import Packer
+from .token_types import TokenTypes, check_type_range, explicit_types
+
+# Hidden states that left a graph -> the types of their tokens.
+_recorded: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# Type tensors whose numbers are known to be in range: checking waits for the device, so it is done once.
+_checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+@dataclass(frozen=True)
+class DenseLinear:
+    """Where a dense Linear's parameters are among the arguments."""
+
+    name: str
+    weight: int | Tensor
+    bias: int | Tensor | None
+    transposed: bool
+
+    def parameters(self, args: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+        weight = args[self.weight] if isinstance(self.weight, int) else self.weight
+        bias = args[self.bias] if isinstance(self.bias, int) else self.bias
+        return weight, bias
+
+
+class _Trailing(Protocol):
+    feeds: list[tuple[Any, ...]]
+    root: int | None
+    root_is_ids: bool
+    num_axes: int
+    recorded: list[int]
+    num_outputs: int
+
+
+@dataclass
+class Runner:
+    """Callable with the original arguments; returns the original outputs."""
+
+    compiled: Callable[..., Any]
+    trailing: _Trailing
+    dense: list[DenseLinear]
+    packer: Packer
+    config: QuantConfig
+    label: str
+    _warned: bool = field(default=False, init=False)
+
+    def __call__(self, *args: Any) -> Any:
+        packed = [
+            self.packer.pack(d.name, *d.parameters(args), transposed=d.transposed)
+            for d in self.dense
+        ]
+        extra: list[Any] = []
+        for feed in self.trailing.feeds:
+            if feed[0] == "tensor":
+                extra.append(feed[1])
+            elif feed[0] == "packed":
+                _, index, name = feed
+                found = packed[index]
+                if isinstance(found, str):
+                    raise ConfigError(f"{self.dense[index].name}: {found}.")
+                extra.append(getattr(found[1], name))
+            else:
+                extra.append(self._types(args))
+        with torch.no_grad():
+            outputs = self.compiled(*args, *extra)
+        if not self.trailing.recorded:
+            return outputs
+        own = outputs[: self.trailing.num_outputs]
+        for position, types in zip(
+            self.trailing.recorded, outputs[self.trailing.num_outputs :], strict=True
+        ):
+            if isinstance(own[position], Tensor):
+                _recorded[own[position]] = types
+        return own
+
+    def _types(self, args: Sequence[Any]) -> Tensor:
+        """Types from outside the graph, [B, T] int32; -1 where there are none."""
+        root: Tensor = args[self.trailing.root or 0]
+        shape = root.shape[: self.trailing.num_axes]
+        types = explicit_types()
+        if types is not None:
+            if tuple(types.shape) != tuple(shape):
+                raise ConfigError(
+                    f"token_types(types): the tokens of {self.label} have shape {list(shape)}, "
+                    f"types has {list(types.shape)}. Give one type per token of this call."
+                )
+            if types not in _checked:
+                check_type_range(types, self.config.type_names)
+                _checked[types] = True
+            return types.to(root.device)
+        if not self.trailing.root_is_ids:
+            recorded = _recorded.get(root)
+            if recorded is not None and tuple(recorded.shape) == tuple(shape):
+                return recorded
+            self._warn_default()
+        return torch.full(tuple(shape), -1, dtype=torch.int32, device=root.device)
+
+    def _warn_default(self) -> None:
+        """Types exist, but nothing says which tokens have them: say so once."""
+        declared = self.config.token_types != TokenTypes.auto()
+        if self._warned or not (declared or _recorded):
+            return
+        self._warned = True
+        warnings.warn(
+            f"freeact: the token types of {self.label} are not known (its hidden states come in from outside "
+            f"the graph); its Linears use the default type {self.config.type_names[0]!r}. Call the model "
+            f"inside freeact_fx.token_types(types).",
+            stacklevel=3,
+        )

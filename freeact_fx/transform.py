@@ -1,0 +1,259 @@
+"""The transform of one group: its operands, its weight side, and which shapes are legal.
+
+A *group* is the set of Linears that read the same activation. It has one ``GroupTransform``; each of its Linears has
+one ``PackedLinear``, made from the dense weight by ``pack_linear``. The activation side is in ``reference.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import PLANS, QuantConfig
+from .reference import pack_int4
+
+MIN_FEATURES = 32
+MAX_FACTOR = 256
+# Part of a token's largest magnitude that code 7 stands for when nothing was measured.
+DATA_FREE_CLIP = 0.9
+
+
+def kronecker_shape(num_features: int) -> tuple[int, int] | None:
+    """The legal factorisation D1 * D2 = K, D1 <= D2, that costs least on tiles of powers of two; None if there is none.
+
+    Legal: K even (two 4-bit codes to a byte), K >= 32, both factors >= 2, none above 256 (a factor is one matrix
+    tile of the transform kernel). Examples: 4096 = 64 x 64, 11008 = 86 x 128, 12288 = 96 x 128.
+    """
+    if num_features % 2 or num_features < MIN_FEATURES:
+        return None
+
+    def padded(n: int) -> int:
+        return 1 << (n - 1).bit_length()
+
+    shapes = [
+        (d1, num_features // d1)
+        for d1 in range(2, MAX_FACTOR + 1)
+        if num_features % d1 == 0 and d1 <= num_features // d1 <= MAX_FACTOR
+    ]
+    cost = {s: padded(s[0]) * padded(s[1]) * (padded(s[0]) + padded(s[1])) for s in shapes}
+    return min(shapes, key=lambda s: (cost[s], s[0] + s[1]), default=None)
+
+
+def illegal_features_reason(num_features: int) -> str | None:
+    """Why a Linear with this many in features cannot be quantised, or None if it can."""
+    if num_features < MIN_FEATURES:
+        return f"in_features must be at least {MIN_FEATURES} for a transform to help, got {num_features}"
+    if num_features % 2:
+        return f"in_features must be even to pack two 4-bit codes per byte, got {num_features}"
+    if kronecker_shape(num_features) is None:
+        return (
+            f"in_features needs a Kronecker shape D1 x D2 with both factors in 2..{MAX_FACTOR}, and "
+            f"{num_features} has none"
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class GroupTransform:
+    """Operands of one group's activation side; see ``reference`` for their meaning. P counts the untyped row too.
+
+    The weight side follows from them: slice i of the weight is multiplied by ``(L_i^+ kron R_i^-1) / s``. All tensors
+    are fp32. ``slice_of_type[t]`` is the K slice of type t; ``widths`` are the columns of each left factor.
+    """
+
+    plan: str
+    left: Tensor  # [D1, sum(widths)]
+    right: Tensor  # [S, D2, D2]
+    clip: Tensor  # [P]
+    shift: Tensor | None = None  # [P, K]
+    channel_scale: Tensor | None = None  # [K]
+    lowrank: Tensor | None = None  # [K, R]
+    widths: tuple[int, ...] = ()
+    slice_of_type: tuple[int, ...] = ()
+    own_rank: int = 0
+
+    @property
+    def num_features(self) -> int:
+        return self.left.shape[0] * self.right.shape[-1]
+
+    @property
+    def num_codes(self) -> int:
+        """K': columns of the codes, all slices together."""
+        return sum(self.widths) * self.right.shape[-1]
+
+    @property
+    def num_rows(self) -> int:
+        """P: the token types and the untyped row."""
+        return self.clip.shape[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The operands that are there, by field name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def to(self, device: torch.device) -> GroupTransform:
+        moved: dict[str, Any] = {name: t.to(device) for name, t in self.tensors().items()}
+        return replace(self, **moved)
+
+    def problem(self) -> str | None:
+        """What is wrong with the shapes or values, in words, or None."""
+        if self.plan not in PLANS:
+            return f"plan must be one of {', '.join(PLANS)}, got {self.plan!r}"
+        if self.left.dim() != 2 or self.right.dim() != 3 or self.clip.dim() != 1:
+            return "left must be [D1, sum(widths)], right [S, D2, D2] and clip [P]"
+        num_features, num_rows = self.num_features, self.num_rows
+        expected: dict[str, tuple[int, ...]] = {
+            "left": (self.left.shape[0], sum(self.widths)),
+            "right": (len(self.widths), self.right.shape[-1], self.right.shape[-1]),
+            "shift": (num_rows, num_features),
+            "channel_scale": (num_features,),
+        }
+        if self.lowrank is not None:
+            expected["lowrank"] = (num_features, self.lowrank.shape[-1])
+            if self.own_rank and self.lowrank.shape[-1] != self.own_rank * (num_rows - 1):
+                return f"lowrank needs {self.own_rank} columns for each of {num_rows - 1} types"
+        for name, tensor in self.tensors().items():
+            if name in expected and tuple(tensor.shape) != expected[name]:
+                return f"{name} must have shape {list(expected[name])}, got {list(tensor.shape)}"
+            if tensor.dtype != torch.float32:
+                return f"{name} must be float32, got {tensor.dtype}"
+            if not bool(tensor.isfinite().all()):
+                return f"{name} must be finite"
+        if len(self.slice_of_type) != num_rows or not all(
+            0 <= s < len(self.widths) for s in self.slice_of_type
+        ):
+            return (
+                f"slice_of_type must give each of {num_rows} rows a slice, got {self.slice_of_type}"
+            )
+        return None
+
+    def transformed_weight(self, weight: Tensor) -> Tensor:
+        """The weight side, in fp64: [N, K] to ``Q W`` as [N, K'], all slices side by side."""
+        rows = weight.double()
+        if self.channel_scale is not None:
+            rows = rows / self.channel_scale.double()
+        d1, d2 = self.left.shape[0], self.right.shape[-1]
+        rows = rows.view(-1, d1, d2)
+        parts, start = [], 0
+        for index, width in enumerate(self.widths):
+            left = torch.linalg.pinv(self.left[:, start : start + width].double())  # [width, D1]
+            right = torch.linalg.inv(self.right[index].double())
+            parts.append((left @ rows @ right.t()).flatten(1))
+            start += width
+        return torch.cat(parts, 1)
+
+    def bias_table(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """``mu_t W + b`` as [P, N] fp32; None where there is neither."""
+        if self.shift is None:
+            return None if bias is None else bias.detach().float().expand(self.num_rows, -1).clone()
+        table = self.shift.double() @ weight.double().t()
+        return (table if bias is None else table + bias.double()).float()
+
+    def branch_weight(self, weight: Tensor) -> Tensor | None:
+        """V = U^T W as [R, N] fp64, or None."""
+        return None if self.lowrank is None else self.lowrank.double().t() @ weight.double().t()
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """Operands of one Linear's weight side.
+
+    weight         [N, ceil(K' / 8)] int32 codes; with quantisers off [N, K'] fp32
+    weight_scale   [S, N] fp32
+    bias_table     [P, N] fp32 or None
+    branch_weight  [R, N] bf16 (fp32 with quantisers off) or None
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias_table: Tensor | None = None
+    branch_weight: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def quantize_weight(weight: Tensor, *, search: bool) -> tuple[Tensor, Tensor]:
+    """Round each row to 4 bits, symmetric.
+
+    weight  [N, K'] fp32
+    search  choose each row's clip by squared error on a grid of 0.5 .. 1.0 of its largest magnitude
+
+    Returns codes [N, K'] int8 in [-7, 7] and scale [N] fp32.
+    """
+    largest = weight.abs().amax(1).clamp_min(1e-30)
+    best_scale = largest / 7
+    if search:
+        best_error = torch.full_like(largest, torch.inf)
+        for ratio in torch.linspace(0.5, 1.0, 21).tolist():
+            scale = (largest * ratio / 7).unsqueeze(1)
+            rounded = (weight / scale).round_().clamp_(-7, 7).mul_(scale)
+            error = rounded.sub_(weight).square_().sum(1)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_scale = torch.where(better, scale.squeeze(1), best_scale)
+    codes = (weight / best_scale.unsqueeze(1)).round().clamp(-7, 7).to(torch.int8)
+    return codes, best_scale
+
+
+@torch.no_grad()
+def pack_linear(
+    transform: GroupTransform, weight: Tensor, bias: Tensor | None, config: QuantConfig
+) -> PackedLinear:
+    """Fold the group's weight side into a dense weight [N, K] and pack it."""
+    transform = transform.to(weight.device)
+    transformed = transform.transformed_weight(weight).float()
+    bias_table = transform.bias_table(weight, bias)
+    branch_weight = transform.branch_weight(weight)
+    if not config.quantize:
+        scale = torch.ones(len(transform.widths), weight.shape[0], device=weight.device)
+        branch = None if branch_weight is None else branch_weight.float()
+        return PackedLinear(transformed, scale, bias_table, branch)
+    sizes = [width * transform.right.shape[-1] for width in transform.widths]
+    pairs = [
+        quantize_weight(part, search=config.clip_search) for part in transformed.split(sizes, 1)
+    ]
+    return PackedLinear(
+        pack_int4(torch.cat([codes for codes, _ in pairs], 1)),
+        torch.stack([scale for _, scale in pairs]),
+        bias_table,
+        None if branch_weight is None else branch_weight.to(torch.bfloat16),
+    )
+
+
+def orthogonal_transform(num_features: int, config: QuantConfig) -> GroupTransform:
+    """The data-free transform: random orthogonal Kronecker factors, which spread outlier channels over all.
+
+    ``plan="auto"`` gives ``single``. ``shift`` has zero means and ``branch`` a random subspace until a calibration
+    fills them. ``paper`` is refused by ``config_needs_checkpoint``: which subspace to keep is a question to the data.
+    Raises ValueError if K has no legal Kronecker shape.
+    """
+    shape = kronecker_shape(num_features)
+    if shape is None:
+        raise ValueError(illegal_features_reason(num_features))
+    generator = torch.Generator().manual_seed(config.seed)
+
+    def orthogonal(n: int, columns: int | None = None) -> Tensor:
+        square = torch.randn(n, columns or n, generator=generator, dtype=torch.float64)
+        return torch.linalg.qr(square)[0].float()
+
+    plan = "single" if config.plan == "auto" else config.plan
+    num_types, (d1, d2) = config.num_types, shape
+    num_rows = num_types + 1
+    num_slices = num_types if plan == "duplicate" else 1
+    shifted = plan in ("shift", "branch")
+    rank = min(config.branch_rank, num_features // 2)
+    return GroupTransform(
+        plan=plan,
+        left=torch.cat([orthogonal(d1) for _ in range(num_slices)], 1),
+        right=torch.stack([orthogonal(d2) for _ in range(num_slices)]),
+        clip=torch.full((num_rows,), DATA_FREE_CLIP if config.activation_bits == 4 else 1.0),
+        shift=torch.zeros(num_rows, num_features) if shifted else None,
+        lowrank=orthogonal(num_features, rank) if plan == "branch" else None,
+        widths=(d1,) * num_slices,
+        slice_of_type=(*range(num_types), 0) if num_slices > 1 else (0,) * num_rows,
+    )

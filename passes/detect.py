@@ -1,0 +1,149 @@
+"""Mark every Linear of a graph, and say of each whether it can be quantised.
+
+Recognised: ``torch._C._nn.linear`` / ``aten.linear`` (weight [N, K]); ``addmm`` and ``mm``/``matmul`` with a
+two-dimensional parameter, plain ([K, N], transformers' ``Conv1D``) or transposed; and ``freeact::linear``, which is
+what a converted module's forward is. Nothing is edited. After this pass each such node carries a ``LinearFact``; one
+that stays as it is has a ``refusal``. Whether it belongs to a vision tower is for ``annotate`` to find out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from freeact_fx.config import QuantConfig
+from freeact_fx.eligibility import ineligible_reason
+
+from .node_facts import (
+    LINEAR_KEY,
+    LINEARS_KEY,
+    LinearFact,
+    linears_of,
+    op_name,
+    qualified_name,
+    tensor_of,
+    value_of,
+)
+
+LINEAR_ARGUMENTS = tuple(
+    argument.name for argument in torch.ops.freeact.linear.default._schema.arguments
+)
+
+
+def detect_linears(gm: GraphModule, *, inputs: dict[Node, Any], config: QuantConfig) -> GraphModule:
+    """Hang a ``LinearFact`` on every Linear node; ``inputs`` maps placeholders to the values they were given."""
+    tables = _embedding_tables(gm, inputs)
+    for node in gm.graph.nodes:
+        fact = _linear_fact(gm, node, inputs)
+        if fact is None:
+            continue
+        if not fact.converted:
+            weight = tensor_of(gm, fact.weight, inputs)
+            tied = fact.weight in tables or any(weight is t for t in tables.values())
+            fact.refusal = _refusal(fact, weight, tied, config)
+        node.meta[LINEAR_KEY] = fact
+    gm.meta[LINEARS_KEY] = [fact for _, fact in linears_of(gm)]
+    gm.graph.lint()
+    return gm
+
+
+def _embedding_tables(gm: GraphModule, inputs: dict[Node, Any]) -> dict[Node, Tensor | None]:
+    tables = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and op_name(node) == "embedding":
+            table = next((a for a in node.args if isinstance(a, Node) and _is_table(a)), None)
+            if table is not None:
+                tables[table] = tensor_of(gm, table, inputs)
+    return tables
+
+
+def _is_table(node: Node) -> bool:
+    value = value_of(node)
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _linear_fact(gm: GraphModule, node: Node, inputs: dict[Node, Any]) -> LinearFact | None:
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if node.target is torch.ops.freeact.linear.default:
+        operands = dict(zip(LINEAR_ARGUMENTS, node.args, strict=False)) | node.kwargs
+        x, weight = operands["x"], operands["weight"]
+        num_outputs, num_features = value_of(weight).shape[0], value_of(x).shape[-1]
+        return LinearFact(
+            _module_name(node, weight), num_features, num_outputs, x, weight, operands=operands
+        )
+    name = op_name(node)
+    bias: Any = None
+    transposed = True
+    if name == "linear":
+        x, weight, bias = _arguments(node, ("input", "weight", "bias"))
+        transposed = False
+    elif name == "addmm":
+        bias, x, weight = _arguments(node, ("input", "mat1", "mat2"))
+    elif name in ("mm", "matmul"):
+        x, weight, _ = _arguments(node, ("input", "mat2", ""))
+    else:
+        return None
+    if (
+        isinstance(weight, Node)
+        and name != "linear"
+        and op_name(weight) in ("t", "transpose", "permute")
+    ):
+        if op_name(weight) != "t" and value_of(weight).dim() != 2:
+            return None
+        transposed, weight = False, weight.args[0]
+    if not isinstance(weight, Node) or not isinstance(x, Node):
+        return None
+    shape = getattr(value_of(weight), "shape", ())
+    is_parameter = _is_parameter(gm, weight, inputs)
+    if name != "linear" and (len(shape) != 2 or not is_parameter):
+        return None  # an ordinary matrix product
+    if len(shape) != 2:
+        return None
+    num_outputs, num_features = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+    bias = bias if isinstance(bias, Node) else None
+    return LinearFact(
+        _module_name(node, weight), num_features, num_outputs, x, weight, bias, transposed
+    )
+
+
+def _arguments(node: Node, names: tuple[str, ...]) -> tuple[Any, ...]:
+    found = list(node.args[: len(names)])
+    return tuple(
+        found[i] if i < len(found) else node.kwargs.get(name) for i, name in enumerate(names)
+    )
+
+
+def _is_parameter(gm: GraphModule, node: Node, inputs: dict[Node, Any]) -> bool:
+    """A module's parameter or buffer, not an activation that is handed in."""
+    if node.op == "get_attr":
+        return tensor_of(gm, node, inputs) is not None
+    if node.op != "placeholder":
+        return False
+    return isinstance(inputs.get(node), torch.nn.Parameter) or qualified_name(node).endswith(
+        "weight"
+    )
+
+
+def _module_name(node: Node, weight: Node) -> str:
+    if weight.op in ("placeholder", "get_attr"):
+        return qualified_name(weight).rpartition(".")[0] or qualified_name(weight)
+    stack = node.meta.get("nn_module_stack")
+    return list(stack.values())[-1][0] if stack else node.name
+
+
+def _refusal(
+    fact: LinearFact, weight: Tensor | None, tied: bool, config: QuantConfig
+) -> str | None:
+    if weight is None:
+        if fact.weight.op not in ("placeholder", "get_attr"):
+            return f"its weight is computed in the graph ({fact.weight.name}), not a parameter"
+        return "its weight is not there to pack (an input without a value)"
+    if fact.bias is not None and fact.bias.op not in ("placeholder", "get_attr"):
+        return f"its bias is computed in the graph ({fact.bias.name}), not a parameter"
+    return ineligible_reason(
+        fact.name, int(weight.shape[0 if fact.transposed else 1]), weight, tied, config
+    )

@@ -1,0 +1,255 @@
+"""The facts that passes hang on nodes, and how they read a node's value, name and origin.
+
+Token types travel as a ``TokenFact``: *which* type tensor (a ``TypeExpr``, a recipe that ``insert`` turns into nodes)
+and *how* the node's dimensions relate to it (a layout). The layout gives each dimension a tuple of token axes; an
+empty tuple is a feature dimension. For hidden states [B, T, H] it is ``((b,), (t,), ())``, after a view to
+[B*T, H] ``((b, t), ())``, per head [B, nh, T, hd] ``((b,), (), (t,), ())``. Sizes stay symbolic throughout.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+LINEAR_KEY = "freeact_linear"
+TOKENS_KEY = "freeact_tokens"
+LINEARS_KEY = "freeact_linears"
+
+Size: TypeAlias = "int | torch.SymInt"
+
+
+def value_of(node: Any) -> Any:
+    """The fake value of a node (Dynamo's ``example_value``, export's ``val``), or the argument itself."""
+    if not isinstance(node, Node):
+        return node
+    return node.meta.get("val", node.meta.get("example_value"))
+
+
+def set_value(node: Node, value: Any) -> None:
+    """Record a node's fake value under both keys; AOTAutograd's cache wants it on every node we add."""
+    node.meta["val"] = node.meta["example_value"] = value
+
+
+def op_name(node: Node) -> str:
+    """One name per operation, whatever its spelling: ``x.add_(y)``, ``operator.iadd``, ``aten.add.Tensor`` are "add"."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        name = target._schema.name.partition("::")[2]
+    elif isinstance(target, str):
+        name = target
+    else:
+        name = getattr(target, "__name__", str(target))
+    name = _IN_PLACE_OPERATORS.get(name, name)
+    return name.rstrip("_") if not name.startswith("__") else name
+
+
+_IN_PLACE_OPERATORS = {
+    "iadd": "add",
+    "isub": "sub",
+    "imul": "mul",
+    "itruediv": "truediv",
+    "or_": "bitwise_or",
+    "ior": "bitwise_or",
+    "and_": "bitwise_and",
+    "iand": "bitwise_and",
+}
+
+
+def is_in_place(node: Node) -> bool:
+    """True if the operation writes its first argument."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return (
+        name == "setitem"
+        or name in ("iadd", "isub", "imul", "itruediv")
+        or (name.endswith("_") and not name.startswith("_") and name not in ("or_", "and_"))
+    )
+
+
+def statically_equal(a: Size, b: Size) -> bool:
+    """True if two sizes are equal for sure; adds no guard."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(a == b)
+
+
+def source_name(node: Node) -> str:
+    """What Dynamo calls a placeholder, e.g. ``L['self']._modules['lm_head']._parameters['weight']``."""
+    grapharg = node.meta.get("grapharg")
+    source = getattr(grapharg, "source", None) or getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", None)
+    name = name() if callable(name) else name  # a method before torch 2.13
+    return name if isinstance(name, str) else str(node.target)
+
+
+def qualified_name(node: Node) -> str:
+    """The dotted name of a parameter or buffer: ``model.layers.0.q_proj.weight``."""
+    if node.op == "get_attr":
+        return str(node.target)
+    parts = re.findall(r"\['([^']+)'\]|\.(?!_modules|_parameters|_buffers)(\w+)", source_name(node))
+    path = [a or b for a, b in parts]
+    return ".".join(path[1:] if source_name(node).startswith(("L[", "G[")) else path) or node.name
+
+
+@dataclass(eq=False)
+class Axis:
+    """One token axis, known by identity. ``split`` and ``derive`` give the same child each time they are asked."""
+
+    size: Size
+    parent: Axis | None = None
+    siblings: tuple[Axis, ...] = ()
+    _children: dict[Any, tuple[Axis, ...]] = field(default_factory=dict, repr=False)
+
+    def split(self, sizes: Sequence[Size]) -> tuple[Axis, ...]:
+        """Cut the axis into a row-major grid of axes."""
+        key = ("split", *map(str, sizes))
+        if key not in self._children:
+            children = tuple(Axis(size, parent=self) for size in sizes)
+            for child in children:
+                child.siblings = children
+            self._children[key] = children
+        return self._children[key]
+
+    def derive(self, key: tuple[Any, ...], size: Size) -> Axis:
+        """The axis that slicing (or the like) makes of this one."""
+        if key not in self._children:
+            self._children[key] = (Axis(size),)
+        return self._children[key][0]
+
+
+def merge_axes(axes: Sequence[Axis]) -> tuple[Axis, ...]:
+    """Undo splits: a complete row of siblings becomes their parent."""
+    merged: list[Axis] = []
+    for axis in axes:
+        merged.append(axis)
+        while (
+            merged[-1].siblings
+            and tuple(merged[-len(merged[-1].siblings) :]) == merged[-1].siblings
+        ):
+            last = merged[-1]
+            assert last.parent is not None
+            merged[-len(last.siblings) :] = [last.parent]
+    return tuple(merged)
+
+
+Layout: TypeAlias = "tuple[tuple[Axis, ...], ...]"
+
+
+@dataclass(frozen=True)
+class TypeExpr:
+    """A recipe for a type tensor; its dimensions are ``axes``. Equal recipes give equal tensors.
+
+    ==========  ============================================================================
+    op          args
+    ==========  ============================================================================
+    tokens      (Root,): the types that the ids show
+    merge       (expr, mask node, its layout, type, negated, source in words)
+    constant    (expr it stands in for, type, source in words)
+    slice       (expr, axis position, start, stop, step)
+    select      (expr, axis position, index)
+    cat         (axis position, *exprs)
+    ==========  ============================================================================
+    """
+
+    op: str
+    args: tuple[Any, ...]
+    axes: tuple[Axis, ...]
+
+
+@dataclass(eq=False)
+class Root:
+    """Where the tokens of a graph come in: the indices of the embedding, or hidden states handed in.
+
+    node    the ids [B, T] (or [T]), or the hidden states [B, T, H]
+    is_ids  True for ids
+    """
+
+    node: Node
+    is_ids: bool
+    axes: tuple[Axis, ...]
+
+
+@dataclass(frozen=True)
+class TokenFact:
+    """Types of a node's tokens: the recipe, and the token axes of each dimension."""
+
+    expr: TypeExpr
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The node holds tokens, but their types were lost on the way; ``reason`` says where."""
+
+    reason: str
+
+
+Fact: TypeAlias = "TokenFact | Lost | list[Any] | None"
+
+
+@dataclass
+class LinearFact:
+    """What is known of one Linear node.
+
+    name          qualified module name
+    num_features  K
+    num_outputs   N
+    x             the activation node
+    weight, bias  nodes of the dense parameters (weight is [K, N] if ``transposed``); of a converted Linear weight
+                  is the packed one
+    operands      of a converted Linear: argument nodes of ``freeact::linear`` by name; empty otherwise
+    refusal       why it is left alone, or None
+    state         "typed", "default" or "refused" (annotate)
+    type_source   how its types were found, readable
+    types         recipe and layout for ``x`` (state "typed")
+    """
+
+    name: str
+    num_features: int
+    num_outputs: int
+    x: Node
+    weight: Node
+    bias: Node | None = None
+    transposed: bool = False
+    operands: dict[str, Any] = field(default_factory=dict)
+    refusal: str | None = None
+    state: str = "default"
+    type_source: str = ""
+    types: TokenFact | None = None
+
+    @property
+    def converted(self) -> bool:
+        return bool(self.operands)
+
+
+def linears_of(gm: GraphModule) -> list[tuple[Node, LinearFact]]:
+    """Every Linear that ``detect`` marked and ``insert`` has not replaced yet, in graph order."""
+    return [(n, n.meta[LINEAR_KEY]) for n in gm.graph.nodes if LINEAR_KEY in n.meta]
+
+
+def facts_of(gm: GraphModule) -> list[LinearFact]:
+    """What ``detect`` found, replaced or not."""
+    facts: list[LinearFact] = gm.meta[LINEARS_KEY]
+    return facts
+
+
+def tensor_of(gm: GraphModule, node: Node, inputs: dict[Node, Any]) -> Tensor | None:
+    """The real tensor behind a parameter node (placeholder or get_attr), or None."""
+    if node.op == "placeholder":
+        value = inputs.get(node)
+        return value if isinstance(value, Tensor) else None
+    if node.op == "get_attr":
+        value = gm
+        for part in str(node.target).split("."):
+            value = getattr(value, part, None)  # type: ignore[assignment]
+        return value if isinstance(value, Tensor) else None
+    return None
