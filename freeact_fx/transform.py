@@ -104,6 +104,8 @@ class GroupTransform:
             return f"plan must be one of {', '.join(PLANS)}, got {self.plan!r}"
         if self.left.dim() != 2 or self.right.dim() != 3 or self.clip.dim() != 1:
             return "left must be [D1, sum(widths)], right [S, D2, D2] and clip [P]"
+        if not self.widths or min(self.widths) < 1:
+            return f"widths must give each slice at least one column, got {self.widths}"
         num_features, num_rows = self.num_features, self.num_rows
         expected: dict[str, tuple[int, ...]] = {
             "left": (self.left.shape[0], sum(self.widths)),

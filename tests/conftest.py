@@ -1,0 +1,25 @@
+"""Settings of the whole suite; fixtures that only one file needs stand in that file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Deterministic, so that a red run can be repeated: to hunt for more, pass --hypothesis-seed=random
+# after setting derandomize to False here.
+settings.register_profile("freeact", deadline=None, database=None, derandomize=True)
+settings.load_profile("freeact")
+# The models are tiny: a second thread costs more than it gives.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """Each test compiles on its own: Dynamo counts recompilations per code object, over all tests."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
