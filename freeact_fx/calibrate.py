@@ -127,7 +127,7 @@ def _fit_group(
     for plan in plans:
         fitted = fit_transform(plan, means, moments, weights_of_type, gram, config)
         if config.clip_search:
-            fitted = replace(fitted, clip=_search_clip(fitted, statistics, gram))
+            fitted = replace(fitted, clip=_search_clip(fitted, statistics))
         packed = [
             pack_linear(
                 fitted, w.detach().float(), None if b is None else b.detach().float(), config
@@ -142,24 +142,20 @@ def _fit_group(
     return best[1:]
 
 
-def _search_clip(fitted: GroupTransform, statistics: GroupStatistics, gram: Tensor) -> Tensor:
-    """The clip of each type with the least error of the group's outputs on the sample."""
-    config = statistics.config
+def _search_clip(fitted: GroupTransform, statistics: GroupStatistics) -> Tensor:
+    """The clip of each type with the least squared error on the sample, in transformed coordinates.
+
+    Why not of the outputs: the transform has made all coordinates matter about equally, and this is far cheaper.
+    """
     clip = fitted.clip.clone()
-    eye = torch.eye(fitted.num_features, dtype=torch.float64)
-    inverse = fitted.transformed_weight(eye).float()  # [K, K'], rows e_i Q^T
-    output_gram = inverse.t() @ gram.float() @ inverse
     for index, (_, tokens) in statistics.sample.items():
-        types = torch.full((tokens.shape[0],), index)
-        z = _transformed(fitted, tokens, types)
+        z = _transformed(fitted, tokens, torch.full((tokens.shape[0],), index))
         errors = []
         for candidate in _CLIPS:
-            codes, scale = quantize_tokens(z, torch.tensor([candidate]), config.qmax)
-            difference = codes.float() * scale - z
-            errors.append(float(((difference @ output_gram) * difference).sum()))
+            codes, scale = quantize_tokens(z, torch.tensor([candidate]), statistics.config.qmax)
+            errors.append(float((codes.float() * scale - z).square().sum()))
         clip[index] = _CLIPS[errors.index(min(errors))]
-    seen = [clip[i] for i in statistics.sample]
-    clip[-1] = max(seen)
+    clip[-1] = max(clip[i] for i in statistics.sample)
     return clip
 
 

@@ -87,7 +87,8 @@ def transform_quantize_branch(
         qmax,
     )
     assert coefficients is not None
-    return codes, scale, coefficients
+    # A strided activation leaves its strides in the matrix product; the fake promises none.
+    return codes, scale, coefficients.contiguous()
 
 
 def _codes_dtype(qmax: int) -> torch.dtype:

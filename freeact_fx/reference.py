@@ -52,15 +52,14 @@ def pack_int4(codes: Tensor) -> Tensor:
     A tail that does not fill its word is padded with code 0. Raises ValueError for a code outside [-7, 7]:
     sign-magnitude engines cannot hold -8.
     """
-    wide = codes.to(torch.int64)  # int8 has no absolute value of -128
+    wide = codes.to(torch.int32)  # int8 has no absolute value of -128
     if wide.numel() and int(wide.abs().max()) > 7:
         raise ValueError(f"pack_int4: codes must be in [-7, 7], got {int(wide.abs().max())}.")
     padding = -wide.shape[1] % CODES_PER_WORD
     unsigned = torch.nn.functional.pad(wide, (0, padding)) + 8
     nibbles = unsigned.unflatten(1, (unsigned.shape[1] // CODES_PER_WORD, CODES_PER_WORD))
-    shifts = torch.arange(0, 32, 4, device=codes.device)
-    words = (nibbles << shifts).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    shifts = torch.arange(0, 32, 4, device=codes.device, dtype=torch.int32)
+    return (nibbles << shifts).sum(-1, dtype=torch.int32)
 
 
 def unpack_int4(packed: Tensor, num_features: int) -> Tensor:
