@@ -17,6 +17,7 @@ Layouts that an engine prefers are made when a model is loaded, never saved.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import json
@@ -75,12 +76,11 @@ class Checkpoint:
     @functools.cached_property
     def digest(self) -> str:
         """Content digest, part of every cache key."""
-        digest = hashlib.sha256(self.config.digest.encode())
+        structure = json.dumps([self.config.digest, self._structure()], sort_keys=True)
+        digest = hashlib.sha256(structure.encode())
         for name, tensor in sorted(self._tensors().items()):
-            total = tensor.double()
-            position = torch.arange(total.numel(), dtype=torch.float64) % 8191
-            digest.update(f"{name}{list(tensor.shape)}{float(total.sum())!r}".encode())
-            digest.update(repr(float((total.flatten() * position).sum())).encode())
+            digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
+            digest.update(_bytes_of(tensor))
         return digest.hexdigest()[:16]
 
     def __eq__(self, other: object) -> bool:
@@ -160,13 +160,8 @@ class Checkpoint:
                 tensors[f"{name}.branch_weight"] = packed.branch_weight
         return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
 
-    def save(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors`` into a folder, which is made if need be."""
-        from safetensors.torch import save_file
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self._tensors(), folder / "model.safetensors", metadata={"format": "pt"})
+    def _structure(self) -> dict[str, Any]:
+        """What is not a tensor, as config.json holds it."""
         groups = {
             name: {
                 "plan": t.plan,
@@ -184,6 +179,15 @@ class Checkpoint:
             }
             for name, e in self.linears.items()
         }
+        return {"groups": groups, "linears": linears}
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors`` into a folder, which is made if need be."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self._tensors(), folder / "model.safetensors", metadata={"format": "pt"})
         content = {
             "quantization_config": {
                 "quant_method": "freeact",
@@ -192,8 +196,7 @@ class Checkpoint:
                     "version": VERSION,
                     "config": self.config.to_dict(),
                     "type_names": list(self.config.type_names),
-                    "groups": groups,
-                    "linears": linears,
+                    **self._structure(),
                     "statistics": self.statistics,
                     "sha256": _sha256(folder / "model.safetensors"),
                 },
@@ -245,6 +248,13 @@ class Checkpoint:
 
 def _same(now: tuple[float, ...], then: tuple[float, ...]) -> bool:
     return all(abs(a - b) <= 1e-6 * (1 + abs(a) + abs(b)) for a, b in zip(now, then, strict=True))
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    """The memory of a contiguous CPU tensor, for hashing; numpy, which would give it, is no dependency."""
+    if not tensor.numel():
+        return b""
+    return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
 
 
 def _sha256(file: Path) -> str:
