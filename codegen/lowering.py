@@ -30,8 +30,7 @@ def register() -> None:
 
 
 def _transform_quantize(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    *operands, widths, slice_of_type, default_type, qmax = args
-    codes, scale, _ = reference.transform_quantize(
-        *operands, None, widths, slice_of_type, default_type, 0, qmax
-    )
+    operands, (widths, slice_of_type, default_type, qmax) = args[:-4], args[-4:]
+    no_branch = (None, widths, slice_of_type, default_type, 0, qmax)
+    codes, scale, _ = reference.transform_quantize(*operands, *no_branch)
     return codes, scale

@@ -51,7 +51,11 @@ def freeact(
     """
     chosen = Options.parse(mode, options)
     if not chosen.enabled:
-        return _compile(gm, example_inputs, chosen, "disabled")
+        return (
+            gm.forward
+            if chosen.compiler == "eager"
+            else compat.plain_inductor(gm, example_inputs, chosen.inductor)
+        )
     check_inference(compat.traced_module())
     gm = compat.copy_of_graph(gm)
     inputs = dict(zip(_placeholders(gm), example_inputs, strict=True))

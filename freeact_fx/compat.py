@@ -86,6 +86,14 @@ def compile_with_inductor(
         return compiled
 
 
+def plain_inductor(
+    gm: GraphModule, example_inputs: Sequence[Any], options: dict[str, Any]
+) -> Callable[..., Any]:
+    """Inductor without us (``enabled=False``)."""
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=options)
+    return compiled
+
+
 def mode_options(mode: str | None) -> dict[str, Any]:
     """Inductor's options for a ``torch.compile`` mode."""
     from torch._inductor import list_mode_options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -195,8 +196,11 @@ def _convert_from(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
         assert dense is not None
         device = dense[0].device
         if entry.group not in groups:
-            groups[entry.group] = GroupTransformModule(checkpoint.groups[entry.group].to(device))
-        packed = PackedLinear(**{n: t.to(device) for n, t in entry.packed.tensors().items()})
+            transform = copy.deepcopy(checkpoint.groups[entry.group]).to(device)
+            groups[entry.group] = GroupTransformModule(transform)
+        # Copies: load_state_dict writes into buffers, and must not write into the checkpoint.
+        operands = {n: t.to(device, copy=True) for n, t in entry.packed.tensors().items()}
+        packed = PackedLinear(**operands)
         linear = FreeActLinear(groups[entry.group], packed, checkpoint.config, name)
         _replace(model, name, linear)
     return {

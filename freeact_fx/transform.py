@@ -18,7 +18,7 @@ from .reference import pack_int4
 MIN_FEATURES = 32
 MAX_FACTOR = 256
 # Part of a token's largest magnitude that code 7 stands for when nothing was measured.
-DATA_FREE_CLIP = 0.9
+DATA_FREE_CLIP = 0.8
 _CLIP_RATIOS = torch.linspace(0.5, 1.0, 11).tolist()
 _SEARCH_BLOCK = 1 << 17  # weights; 0.5 MB in fp32
 
