@@ -61,8 +61,10 @@ def variants_of(
 
     one_type, two_types = copy.deepcopy(dense), copy.deepcopy(dense)
     freeact_fx.convert(one_type, ONE_TYPE)
-    with freeact_fx.token_types(types):
-        freeact_fx.convert(two_types, freeact_fx.calibrate(dense, [x], TWO_TYPES))
+    with freeact_fx.token_types((torch.arange(256) % 2)[None]):
+        batches = [torch.randn(1, 256, in_features)]
+        checkpoint = freeact_fx.calibrate(dense, batches, TWO_TYPES, progress=False)
+    freeact_fx.convert(two_types, checkpoint)
 
     def with_types(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def call(x: Tensor) -> Tensor:
@@ -89,7 +91,7 @@ def variants_of(
     compiled_fp32 = torch.compile(dense, dynamic=False)
     compiled_bf16 = torch.compile(half, dynamic=False)
     codes = torch.randint(-7, 8, (num_tokens, in_features), dtype=torch.int8)
-    packed = next(t for t in one_type.state_dict().values() if t.dtype == torch.uint8)
+    packed = one_type.linear.weight_packed
     calls = {
         "fp32": lambda: compiled_fp32(x),
         "bf16": lambda: compiled_bf16(x_half),

@@ -150,10 +150,7 @@ def main() -> None:
     freeact_fx.convert(data_free, DLLM_CONFIG)
     freeact_fx.convert(calibrated, checkpoint)
     example, _ = mask_tokens(text_windows("evals", "wiki", 1, LENGTH), 0.3, torch.Generator())
-    with working("tracing for the report"):
-        report = freeact_fx.explain(calibrated, input_ids=example)
-    print(linears_summary(report))
-    print(describe_bytes(dense, calibrated))
+    print(describe_bytes(calibrated))
 
     heading("Compile")
     models: dict[str, Model] = {
@@ -165,6 +162,7 @@ def main() -> None:
         for name, model in models.items():
             with working(f"compiling {name}"):
                 model(example)
+    print(linears_summary(freeact_fx.explain(models["W4A4 calibrated"])))
 
     heading(f"Masked tokens, mask ratio {args.mask_ratio}: NLL / accuracy")
     rows = [["", *models]]

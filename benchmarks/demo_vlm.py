@@ -105,14 +105,7 @@ def main() -> None:
     freeact_fx.convert(calibrated, checkpoint)
     data = load_questions("vlm-validation")
     examples = data.take(choose_examples(data))
-    example = {
-        "input_ids": torch.tensor([prompt_ids(data.questions[0], tokenizer)]),
-        "images": data.images[:1],
-    }
-    with working("tracing for the report"):
-        report = freeact_fx.explain(calibrated, **example)
-    print(linears_summary(report))
-    print(describe_bytes(dense, calibrated))
+    print(describe_bytes(calibrated))
 
     heading("Compile")
     models: dict[str, Model] = {
@@ -124,6 +117,7 @@ def main() -> None:
     for name, model in models.items():
         with working(f"compiling {name}, first answers"):
             answers[name] = answer(model, examples, tokenizer)
+    print(linears_summary(freeact_fx.explain(models["W4A4 calibrated"])))
 
     heading("Questions and answers")
     rows = [["question", "wanted", *answers]]
@@ -145,7 +139,8 @@ def main() -> None:
 
     heading(f"Time per pass over {BATCH} questions of {VLM_LENGTH} tokens, both compiled")
     ids = torch.full((BATCH, VLM_LENGTH), EOS)
-    ids[:, : example["input_ids"].shape[1]] = example["input_ids"]
+    prompt = prompt_ids(data.questions[0], tokenizer)
+    ids[:, : len(prompt)] = torch.tensor(prompt)
     timings = time_interleaved(
         {
             name: lambda m=models[model]: m(ids, examples.images)

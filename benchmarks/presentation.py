@@ -62,13 +62,14 @@ def table(rows: Sequence[Sequence[object]]) -> str:
 
 def linears_summary(report: freeact_fx.Report) -> str:
     """How many Linears of an `explain` report were quantised, with which types; what was not."""
-    linears = report.to_dict()["linears"]
-    quantised = [entry for entry in linears if entry["reason"] is None]
-    lines = [f"{len(quantised)} of {len(linears)} Linears quantised:"]
-    kinds = Counter((e["precision"], e["plan"], e["type_source"]) for e in quantised)
-    for (precision, plan, source), number in kinds.most_common():
-        lines.append(f"  {number:4}  {precision}, plan {plan}, types: {source}")
-    for reason, number in Counter(e["reason"] for e in linears if e["reason"]).most_common():
+    lines = [
+        f"{len(report.quantized)} of {len(report.linears)} Linears quantised; "
+        f"token types: {', '.join(report.type_names)}"
+    ]
+    kinds = Counter((r.precision, r.plan, r.state, r.type_source) for r in report.quantized)
+    for (precision, plan, state, source), number in kinds.most_common():
+        lines.append(f"  {number:4}  {precision}, plan {plan}, {state}: {source}")
+    for reason, number in Counter(r.reason for r in report.linears if r.reason).most_common():
         lines.append(f"  {number:4}  left alone: {reason}")
     return "\n".join(lines)
 
