@@ -159,13 +159,14 @@ def model_report(model: nn.Module, graphs: list[GraphRecord]) -> Report:
     type_names: tuple[str, ...] = ()
     used = 0
     for graph in graphs:
-        mine = False
-        for row, weight in graph.linears:
-            tensor = None if weight is None else weight()
-            if tensor is not None and id(tensor) not in names:
-                continue
-            mine = True
-            name = names[id(tensor)] if tensor is not None else row.name
+        # A weight that is gone belonged to another model, or to this one before it was changed.
+        alive = [(row, None if weight is None else weight()) for row, weight in graph.linears]
+        mine = [(row, tensor) for row, tensor in alive if id(tensor) in names]
+        if not mine and any(weight is not None for _, weight in graph.linears):
+            continue
+        mine += [(row, None) for row, weight in graph.linears if weight is None]
+        for row, tensor in mine:
+            name = row.name if tensor is None else names[id(tensor)]
             aliases[row.name] = name
             seen = rows[name].graphs if name in rows else 0
             rows[name] = replace(row, name=name, graphs=seen + 1)

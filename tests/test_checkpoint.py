@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_transforms import random_transform
+from random_transforms import EXACT_PLANS, random_transform
 from safetensors.torch import load_file
-from tiny_model import LINEARS, MASK, TinyModel, masked_ids, tiny_model
+from tiny_model import LINEARS, MASK, TinyModel, masked_ids, relative, tiny_model
 from torch import nn
 
 import freeact_fx
@@ -133,7 +133,7 @@ def test_names_and_layout_on_disk(calibrated: Checkpoint, tmp_path: Path) -> Non
 
 _FRESH = """
 import sys, torch, freeact_fx
-from tiny_model import masked_ids, tiny_model
+from tiny_model import masked_ids, relative, tiny_model
 model = tiny_model()
 freeact_fx.convert(model, freeact_fx.Checkpoint.load(sys.argv[1]))
 with torch.no_grad():
@@ -193,6 +193,74 @@ def test_fine_tuned_weights_are_packed_anew(calibrated: Checkpoint) -> None:
     with torch.no_grad():
         got = torch.compile(model, backend="freeact", options=options)(masked_ids())
     assert float((got - want).norm() / want.norm()) < 0.15
+
+
+# ------------------------------------------------------------------ every plan, through the backend
+
+
+@pytest.mark.parametrize("plan", EXACT_PLANS)
+def test_quantisers_off_is_the_float_model(plan: str) -> None:
+    """Shifts, slices and branches cancel on a dense model, with different transforms for each type."""
+    model = tiny_model()
+    options = {"compiler": "eager", "checkpoint": checkpoint_of(model, plan), "quantize": False}
+    compiled = torch.compile(model, backend="freeact", options=options)
+    with torch.no_grad():
+        got, want = compiled(masked_ids()), model(masked_ids())
+    assert freeact_fx.explain(compiled).counts()["typed"] == 14
+    assert relative(got, want) < 1e-4
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_converted_model_equals_the_dense_one_with_its_checkpoint(plan: str) -> None:
+    checkpoint = checkpoint_of(tiny_model(), plan)
+    converted = tiny_model()
+    freeact_fx.convert(converted, checkpoint)
+    results = []
+    for model, given in ((converted, {}), (tiny_model(), {"checkpoint": checkpoint})):
+        options = {"compiler": "eager", **given}
+        compiled = torch.compile(model, backend="freeact", options=options)
+        with torch.no_grad():
+            results.append(compiled(masked_ids()))
+        plans = {linear.plan for linear in freeact_fx.explain(compiled).quantized}
+        assert plans == {plan.removeprefix("own ")}
+    assert torch.equal(*results)
+
+
+class Gated(nn.Module):
+    """A gated pair of Linears; neither reads what the other rounded, so that errors do not add up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(64, 96)
+        self.gate, self.up = nn.Linear(96, 96), nn.Linear(96, 96)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids)
+        return x + nn.functional.silu(self.gate(x)) * self.up(x)
+
+
+@pytest.mark.inductor
+def test_branch_and_slices_through_inductor() -> None:
+    """The two plans with operands of their own, typed, in bf16: what Inductor generates equals the passes alone."""
+    torch.manual_seed(0)
+    model = Gated().eval().bfloat16()
+    plans = {"gate": "own branch", "up": "duplicate"}
+    groups = {n: random_transform(p, 96, CONFIG.num_types, seed=0) for n, p in plans.items()}
+    linears = {}
+    for name in plans:
+        module = model.get_submodule(name)
+        packed = pack_linear(groups[name], module.weight, module.bias, CONFIG)
+        linears[name] = PackedEntry(name, 96, packed, fingerprint(module.weight))
+    freeact_fx.convert(model, Checkpoint(CONFIG, groups, linears))
+    results = []
+    for compiler in ("eager", "inductor"):
+        compiled = torch.compile(model, backend="freeact", options={"compiler": compiler})
+        with torch.no_grad():
+            results.append(compiled(masked_ids()))
+        report = freeact_fx.explain(compiled)
+        assert [linear.plan for linear in report.quantized] == ["branch", "duplicate"]
+        torch._dynamo.reset()
+    assert relative(results[1], results[0]) < 0.01
 
 
 # ------------------------------------------------------------------ size
