@@ -25,13 +25,8 @@ from .options import Options
 from .packing import Packer
 from .passes.annotate import annotate_token_types
 from .passes.detect import detect_linears
-from .passes.insert import (
-    TRAILING_KEY,
-    LinearOperands,
-    TrailingInputs,
-    insert_freeact_ops,
-    insert_observers,
-)
+from .passes.editor import TrailingInputs
+from .passes.insert import TRAILING_KEY, LinearOperands, insert_freeact_ops, insert_observers
 from .passes.node_facts import LinearFact, facts_of, tensor_of, value_of
 from .report_log import GraphRecord, record
 from .runner import DenseLinear, Runner

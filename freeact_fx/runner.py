@@ -21,7 +21,7 @@ from .errors import ConfigError
 from .packing import Packer
 from .token_types import TokenTypes, check_type_range, explicit_types
 
-# Hidden states that left a graph -> the types of their tokens.
+# Hidden states that left a graph -> (their version, the types of their tokens).
 _recorded: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # Type tensors whose numbers are known to be in range: checking waits for the device, so it is done once.
 _checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -42,11 +42,17 @@ class DenseLinear:
         return weight, bias
 
 
+class _Root(Protocol):
+    shape: Callable[[Sequence[Any]], tuple[int, ...]]
+    device: torch.device
+    is_ids: bool
+    holders: tuple[int, ...]
+    is_needed: bool
+
+
 class _Trailing(Protocol):
     feeds: list[tuple[Any, ...]]
-    root: int | None
-    root_is_ids: bool
-    num_axes: int
+    roots: list[Any]  # of _Root
     recorded: list[int]
     num_outputs: int
 
@@ -79,7 +85,8 @@ class Runner:
                     raise ConfigError(f"{self.dense[index].name}: {found}.")
                 extra.append(getattr(found[1], name))
             else:
-                extra.append(self._types(args))
+                make = self._explicit if feed[0] == "explicit" else self._recorded
+                extra.append(make(feed[1], args))
         with torch.no_grad():
             outputs = self.compiled(*args, *extra)
         if not self.trailing.recorded:
@@ -89,30 +96,37 @@ class Runner:
             self.trailing.recorded, outputs[self.trailing.num_outputs :], strict=True
         ):
             if isinstance(own[position], Tensor):
-                _recorded[own[position]] = types
+                _recorded[own[position]] = (_version(own[position]), types)
         return own
 
-    def _types(self, args: Sequence[Any]) -> Tensor:
-        """Types from outside the graph, [B, T] int32; -1 where there are none."""
-        root: Tensor = args[self.trailing.root or 0]
-        shape = root.shape[: self.trailing.num_axes]
+    def _explicit(self, root: _Root, args: Sequence[Any]) -> Tensor:
+        """Types that an enclosing ``token_types`` hands in, [B, T] int32; -1 where there are none."""
+        shape = root.shape(args)
         types = explicit_types()
-        if types is not None:
-            if tuple(types.shape) != tuple(shape):
-                raise ConfigError(
-                    f"token_types(types): the tokens of {self.label} have shape {list(shape)}, "
-                    f"types has {list(types.shape)}. Give one type per token of this call."
-                )
-            if types not in _checked:
-                check_type_range(types, self.config.type_names)
-                _checked[types] = True
-            return types.to(root.device)
-        if not self.trailing.root_is_ids:
-            recorded = _recorded.get(root)
-            if recorded is not None and tuple(recorded.shape) == tuple(shape):
-                return recorded
+        if types is None:
+            return _no_types(shape, root.device)
+        if tuple(types.shape) != shape:
+            if any(tuple(types.shape) == other.shape(args) for other in self.trailing.roots):
+                return _no_types(shape, root.device)
+            raise ConfigError(
+                f"token_types(types): the tokens of {self.label} have shape {list(shape)}, "
+                f"types has {list(types.shape)}. Give one type per token of this call."
+            )
+        if types not in _checked:
+            check_type_range(types, self.config.type_names)
+            _checked[types] = True
+        return types.to(root.device)
+
+    def _recorded(self, root: _Root, args: Sequence[Any]) -> Tensor:
+        """Types that an earlier graph recorded for the hidden states that come in, [B, T] int32; else -1."""
+        shape = root.shape(args)
+        for holder in root.holders:
+            version, types = _recorded.get(args[holder], (None, None))
+            if version == _version(args[holder]) and tuple(types.shape) == shape:
+                return types
+        if root.is_needed and explicit_types() is None:
             self._warn_default()
-        return torch.full(tuple(shape), -1, dtype=torch.int32, device=root.device)
+        return _no_types(shape, root.device)
 
     def _warn_default(self) -> None:
         """Types exist, but nothing says which tokens have them: say so once."""
@@ -126,3 +140,12 @@ class Runner:
             f"inside freeact_fx.token_types(types).",
             stacklevel=3,
         )
+
+
+def _version(tensor: Tensor) -> int:
+    """Changes when a tensor is written in place; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _no_types(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.full(shape, -1, dtype=torch.int32, device=device)

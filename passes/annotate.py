@@ -21,10 +21,8 @@ Nothing is edited: facts first, then ``insert``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -35,28 +33,37 @@ from freeact_fx.token_types import TokenTypes
 from .layouts import layout_of_axes
 from .node_facts import (
     TOKENS_KEY,
-    Axis,
     Fact,
     Layout,
     Lost,
     Root,
     TokenFact,
     TypeExpr,
-    is_in_place,
     linears_of,
     op_name,
     qualified_name,
-    source_name,
+    roots_of,
     statically_equal,
     value_of,
+    written_by,
 )
-from .token_rules import RULES, pointwise_lost, refines, shape_of
-
-ROOT_KEY = "freeact_root"
-SINK_KEY = "freeact_sink_known"
+from .roots import (
+    comes_from_caller,
+    find_first_positions,
+    find_roots,
+    merge_operands,
+    only_above,
+    same_ids,
+)
+from .token_rules import RULES, assign, pointwise_lost, refines, shape_of
 
 _MASK_VIEWS = frozenset(
     "unsqueeze expand expand_as to bool view reshape contiguous clone squeeze type broadcast_to".split()
+)
+# Operations whose result shares memory with their first argument.
+_VIEWS = frozenset(
+    "view reshape flatten unflatten squeeze unsqueeze transpose permute t swapaxes swapdims expand expand_as "
+    "broadcast_to getitem select slice narrow chunk split unbind detach alias".split()
 )
 
 
@@ -64,19 +71,15 @@ def annotate_token_types(
     gm: GraphModule, *, inputs: dict[Node, Any], config: QuantConfig
 ) -> GraphModule:
     """Hang a fact on every node that holds tokens and settle the state of every Linear."""
-    root = _find_root(gm, inputs)
-    gm.meta[ROOT_KEY] = root
-    sweep = _Sweep(gm, root, config.token_types)
+    sweep = _Sweep(gm, find_roots(gm, inputs, config), config.token_types)
     sweep.run()
-    sink = config.sink_index is not None and root is not None and sink_is_known(gm, root)
-    gm.meta[SINK_KEY] = sink
-    tower = _ancestors(sweep.merged)
+    find_first_positions(gm, sweep.facts)
     for node, linear in linears_of(gm):
         fact = sweep.arms.get(node) or sweep.facts(linear.x)
-        dataflow_tower = node in tower
-        if dataflow_tower or (fact is None and is_tower_name(linear.name)):
+        feeds_merge = node in sweep.tower
+        if feeds_merge or (fact is None and is_tower_name(linear.name)):
             linear.type_source = "none: " + (
-                "feeds a merge" if dataflow_tower else "its name says that it is an encoder's"
+                "feeds a merge" if feeds_merge else "its name says that it is an encoder's"
             )
             if not (
                 config.vision_tower or matches(linear.name, config.include) or linear.converted
@@ -85,9 +88,10 @@ def annotate_token_types(
         elif isinstance(fact, TokenFact) and fact.layout and not fact.layout[-1]:
             linear.types = fact
             claims = describe(fact.expr, config.token_types)
-            claims += ["first position"] if sink and _from_root(fact.expr) else []
+            if config.sink is not None and any(r.sink_known for r in roots_of(fact.expr)):
+                claims.append("first position")
             linear.state = "typed" if claims else "default"
-            linear.type_source = "; ".join(claims) or _default_source(root, config)
+            linear.type_source = "; ".join(claims) or _default_source(fact.expr, config)
         elif isinstance(fact, (TokenFact, Lost)):
             linear.state = "refused"
             linear.type_source = (
@@ -99,19 +103,11 @@ def annotate_token_types(
     return gm
 
 
-def _default_source(root: Root | None, config: QuantConfig) -> str:
+def _default_source(expr: TypeExpr, config: QuantConfig) -> str:
     name = config.type_names[0]
-    if root is None or root.is_ids:
+    if all(root.is_ids for root in roots_of(expr)):
         return f"default: {name}"
     return f"default: {name}, unless token_types() or an earlier graph says otherwise"
-
-
-def _from_root(expr: TypeExpr) -> bool:
-    while expr.op != "tokens":
-        if expr.op not in ("merge", "slice", "select"):
-            return False
-        expr = expr.args[0]
-    return True
 
 
 def describe(expr: TypeExpr, token_types: TokenTypes) -> list[str]:
@@ -123,7 +119,7 @@ def describe(expr: TypeExpr, token_types: TokenTypes) -> list[str]:
             return []
         return [f"{qualified_name(root.node)} == {' | '.join(map(str, ids))}"]
     if expr.op == "merge":
-        previous, _, _, index, _, source = expr.args
+        previous, _, _, index, _, source, _ = expr.args
         return [*describe(previous, token_types), f"{source} -> {token_types.types[index].name}"]
     if expr.op == "constant":
         return [f"{token_types.types[expr.args[1]].name}: arm of a where on {expr.args[2]}"]
@@ -132,122 +128,16 @@ def describe(expr: TypeExpr, token_types: TokenTypes) -> list[str]:
     return describe(expr.args[0], token_types)
 
 
-# ---------------------------------------------------------------------------------------------- roots
-
-
-def _find_root(gm: GraphModule, inputs: dict[Node, Any]) -> Root | None:
-    """The indices of the vocabulary's embedding; without one, the hidden states that the first Linear reads.
-
-    The vocabulary's embedding is the one with the most rows among those whose indices come from the caller: tables of
-    positions and segments are smaller, and their indices are usually buffers.
-    """
-    found: list[tuple[int, Node]] = []
-    for node in gm.graph.nodes:
-        if node.op != "call_function" or op_name(node) != "embedding":
-            continue
-        operands = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, Node)][:2]
-        table = next((a for a in operands if value_of(a).is_floating_point()), None)
-        ids = next((a for a in operands if not value_of(a).is_floating_point()), None)
-        if table is not None and ids is not None and _comes_from_caller(ids):
-            found.append((int(value_of(table).shape[0]), ids))
-    if found:
-        ids = max(found, key=lambda pair: pair[0])[1]
-        return Root(ids, True, tuple(Axis(s) for s in shape_of(ids)))
-    candidates = [n for n in gm.graph.nodes if n.op == "placeholder" and _is_hidden(n, inputs)]
-    for _, linear in linears_of(gm):
-        above = _ancestors([linear.x]) | {linear.x}
-        reaching = [n for n in candidates if n in above]
-        exact = [n for n in reaching if statically_equal(shape_of(n)[-1], linear.num_features)]
-        if reaching:
-            return _hidden_root((exact or reaching)[0])
-    merges = [
-        n for n in gm.graph.nodes if op_name(n) == "masked_scatter" and n.args[0] in candidates
-    ]
-    return _hidden_root(merges[0].args[0]) if merges else None
-
-
-def _hidden_root(node: Node) -> Root:
-    return Root(node, False, tuple(Axis(s) for s in shape_of(node)[:-1]))
-
-
-def _comes_from_caller(node: Node) -> bool:
-    """True if a value depends on an input of the call, not only on buffers and constants."""
-    for above in _ancestors([node]) | {node}:
-        is_tensor = above.op == "placeholder" and isinstance(value_of(above), Tensor)
-        if is_tensor and not _is_buffer_name(above):
-            return True
-    return False
-
-
-def _is_buffer_name(node: Node) -> bool:
-    return "_buffers" in source_name(node) or "_parameters" in source_name(node)
-
-
-def _is_hidden(node: Node, inputs: dict[Node, Any]) -> bool:
-    """A floating input [..., T, H] of the call with one or two token dimensions; no parameter, no buffer."""
-    value = value_of(node)
-    return (
-        isinstance(value, Tensor)
-        and value.is_floating_point()
-        and value.dim() in (2, 3)
-        and not isinstance(inputs.get(node), torch.nn.Parameter)
-        and not _is_buffer_name(node)
-    )
-
-
-def sink_is_known(gm: GraphModule, root: Root) -> bool:
-    """True if row 0 of the tokens is the first position of the sequence: no cache precedes it.
-
-    A cache shows in attention with more keys than queries. A graph without attention tells nothing unless it has the
-    ids.
-    """
-    seen = False
-    for node in gm.graph.nodes:
-        if node.op not in ("call_function", "call_method"):
-            continue
-        name = op_name(node)
-        if name == "scaled_dot_product_attention":
-            query, key = shape_of(node.args[0]), shape_of(node.args[1])
-            if _in_tower(query, root):
-                continue
-            seen = True
-            if not statically_equal(query[-2], key[-2]):
-                return False
-        elif name in ("softmax", "_softmax"):
-            shape = shape_of(node)
-            if len(shape) >= 3:
-                seen = True
-                if not statically_equal(shape[-1], shape[-2]):
-                    return False
-    return seen or root.is_ids
-
-
-def _in_tower(query: tuple[Any, ...], root: Root) -> bool:
-    """Attention over something else than the root's tokens (a vision tower's) says nothing about them."""
-    return not any(statically_equal(query[-2], axis.size) for axis in root.axes)
-
-
-def _ancestors(nodes: Iterable[Node]) -> set[Node]:
-    seen: set[Node] = set()
-    pending = list(nodes)
-    while pending:
-        for above in pending.pop().all_input_nodes:
-            if above not in seen:
-                seen.add(above)
-                pending.append(above)
-    return seen
-
-
 # ---------------------------------------------------------------------------------------------- the sweep
 
 
 class _Sweep:
     """One pass over the graph in order; ``facts`` of a node are settled when it has been visited."""
 
-    def __init__(self, gm: GraphModule, root: Root | None, token_types: TokenTypes) -> None:
-        self.gm, self.root, self.token_types = gm, root, token_types
+    def __init__(self, gm: GraphModule, entries: dict[Node, Fact], token_types: TokenTypes) -> None:
+        self.gm, self.entries, self.token_types = gm, entries, token_types
         self.known: dict[Node, Fact] = {}
-        self.merged: list[Node] = []  # what merges write
+        self.tower: set[Node] = set()  # what computes the values that merges write
         self.arms: dict[Node, TokenFact] = {}  # Linears in one arm of a where on a type mask
 
     def facts(self, node: Any) -> Fact:
@@ -256,101 +146,126 @@ class _Sweep:
     def run(self) -> None:
         for node in self.gm.graph.nodes:
             fact = self._visit(node)
-            self.known[node] = fact
-            if fact is not None:
-                node.meta[TOKENS_KEY] = fact
+            self._settle(node, fact)
+            target = written_by(node)
+            if target is not None:
+                self._write(target, fact)
+
+    def _settle(self, node: Node, fact: Fact) -> None:
+        self.known[node] = fact
+        node.meta.pop(TOKENS_KEY, None)
+        if fact is not None:
+            node.meta[TOKENS_KEY] = fact
+
+    def _write(self, target: Node, fact: Fact) -> None:
+        """Later readers of a tensor that was written in place see the new types; so do those of its base."""
+        if not _is_floating(value_of(target)) or fact == self.known.get(target):
+            return
+        self._settle(target, fact)
+        while op_name(target) in _VIEWS and isinstance(target.args[0], Node):
+            target = target.args[0]
+            reason = f"tokens are written through a view of {target.name}"
+            self._settle(target, Lost(reason))
 
     def _visit(self, node: Node) -> Fact:
-        root = self.root
-        if node.op == "placeholder":
-            if root is not None and not root.is_ids and self._like_root(node):
-                return self._root_fact()
-            return None
+        if node in self.entries:
+            return self.entries[node]
         if node.op not in ("call_function", "call_method"):
             return None
+        handled, fact = self._merge(node)
+        if handled:
+            return fact
         name = op_name(node)
-        if name == "embedding" and root is not None and root.is_ids and root.node in node.args:
-            return self._root_fact()
-        if name in ("masked_scatter", "index_put", "setitem", "where"):
-            handled, fact = self._merge(node, name)
-            if handled:
-                if is_in_place(node) and isinstance(node.args[0], Node):
-                    # Later readers of the tensor that was written see the new types.
-                    self.known[node.args[0]] = fact
-                    if fact is not None:
-                        node.args[0].meta[TOKENS_KEY] = fact
-                return fact
+        if name == "setitem":
+            return assign(node, self.facts)
         if not _is_floating(value_of(node)):
             return None
         return RULES.get(name, pointwise_lost)(node, self.facts)
 
-    def _like_root(self, node: Node) -> bool:
-        """Hidden states handed in beside the root (a residual) hold the same tokens."""
-        assert self.root is not None
-        a, b = shape_of(node), shape_of(self.root.node)
-        if _is_buffer_name(node) or not _is_floating(value_of(node)):
-            return False
-        return len(a) == len(b) and all(statically_equal(x, y) for x, y in zip(a, b, strict=True))
-
-    def _root_fact(self) -> TokenFact:
-        assert self.root is not None
-        expr = TypeExpr("tokens", (self.root,), self.root.axes)
-        return TokenFact(expr, (*layout_of_axes(self.root.axes), ()))
-
-    def _merge(self, node: Node, name: str) -> tuple[bool, Fact]:
-        """``masked_scatter(x, mask, y)``, ``where(mask, y, x)``, ``index_put(x, (mask,), y)``, ``x[mask] = y``."""
-        if name == "where":
-            if len(node.args) < 3:
-                return False, None
-            mask, new, old = node.args[:3]
-        elif name == "masked_scatter":
-            old, mask, new = (*node.args, *node.kwargs.values())[:3]
-        else:
-            old, index, new = node.args[:3]
-            mask = index[0] if isinstance(index, (tuple, list)) and len(index) == 1 else index
-        if not isinstance(mask, Node) or not isinstance(old, Node):
+    def _merge(self, node: Node) -> tuple[bool, Fact]:
+        """``masked_scatter(x, mask, y)``, ``index_put(x, (mask,), y)``, ``x[mask] = y``, ``where(mask, y, x)``."""
+        name = op_name(node)
+        operands = merge_operands(node)
+        if operands is None and name == "where" and len(node.args) == 3:
+            return self._where(node)
+        if (
+            operands is None
+            or not isinstance(operands[0], Node)
+            or not _is_floating(value_of(operands[0]))
+        ):
             return False, None
-        mask_value, result = value_of(mask), value_of(old)
-        if not isinstance(mask_value, Tensor) or mask_value.dtype != torch.bool:
-            return False, None
-        if not _is_floating(result):
-            return False, None
-        before = self.facts(old)
-        origin, negated = _mask_origin(mask)
-        if name == "where":
-            if isinstance(before, TokenFact) and isinstance(self.facts(new), TokenFact):
-                return self._arms(node, origin, negated, new, old)
-            if isinstance(self.facts(new), TokenFact) and before is None:
-                # where(text_mask, text, vision): the merge seen from the other side.
-                new, old, before, negated = old, new, self.facts(new), not negated
-            if not isinstance(new, Node) or before is None or not self._shows_types(origin):
-                return False, None  # a padding mask or the like: an ordinary pointwise operation
-        if before is None and self.root is not None and self.root.is_ids:
-            before = self._buffer_fact(old)
+        old, mask, new = operands
+        before = self.facts(old) or self._buffer_fact(old)
+        if before is None and self.facts(new) is not None:
+            return True, Lost(f"{name} ({node.name}) puts tokens into a tensor without")
         if not isinstance(before, TokenFact):
-            return before is not None, before
-        if isinstance(self.facts(new), TokenFact) and name != "where":
+            return True, before
+        if _is_constant(new) or node.kwargs.get("accumulate") or True in node.args[3:]:
+            return True, before
+        if isinstance(self.facts(new), TokenFact):
             return True, Lost(f"{name} ({node.name}) writes tokens over tokens")
-        index, source = self._type_of_mask(origin, negated)
+        origin, negated = _mask_origin(mask)
+        return True, self._merged(node, before, mask, origin, negated, old, new)
+
+    def _where(self, node: Node) -> tuple[bool, Fact]:
+        """A merge if the mask shows types and one arm holds the tokens; two arms of tokens are modality experts."""
+        mask, new, old = node.args
+        if not all(isinstance(a, Node) and _is_floating(value_of(a)) for a in (new, old)):
+            return False, None
+        assert isinstance(mask, Node)
+        assert isinstance(new, Node)
+        assert isinstance(old, Node)
+        origin, negated = _mask_origin(mask)
+        shows_types = self._shows_types(origin)
+        if isinstance(self.facts(new), TokenFact):
+            if isinstance(self.facts(old), TokenFact):
+                return self._arms(node, origin, negated, new, old) if shows_types else (False, None)
+            # where(text_mask, text, vision): the merge seen from the other side.
+            new, old, negated = old, new, not negated
+        before = self.facts(old) or (self._buffer_fact(old) if shows_types else None)
+        if not isinstance(before, TokenFact) or self.facts(new) is not None or _is_constant(new):
+            return False, None
+        if shows_types:
+            return True, self._merged(node, before, mask, origin, negated, old, new)
+        if _has_own_tokens(new, before):
+            return True, Lost(
+                f"where ({node.name}) replaces tokens under a mask that shows no type"
+            )
+        return False, None  # a padding mask or the like: an ordinary pointwise operation
+
+    def _merged(
+        self,
+        node: Node,
+        before: TokenFact,
+        mask: Node,
+        origin: Node,
+        negated: bool,
+        old: Node,
+        new: Any,
+    ) -> Fact:
+        name = op_name(node)
+        self.tower |= only_above(new, old)
+        index, source, named = self._type_of_mask(origin)
         if index is None:
-            return True, Lost(f"{name} ({node.name}): {source}")
-        if isinstance(new, Node):
-            self.merged.append(new)
+            return Lost(f"{name} ({node.name}): {source}")
         layout = _mask_layout(mask, before.layout, aligned_left=name in ("index_put", "setitem"))
         if layout is None:
-            return True, Lost(f"{name} ({node.name}): its mask does not line up with the tokens")
-        if self._already_claimed(before.expr, origin, negated, index):
-            return True, before
-        arguments = (before.expr, mask, layout, index, negated, f"{source} -> {name}")
-        return True, TokenFact(TypeExpr("merge", arguments, before.expr.axes), before.layout)
+            return Lost(f"{name} ({node.name}): its mask does not line up with the tokens")
+        if not negated and self._already_claimed(before.expr, origin, index):
+            return before
+        arguments = (before.expr, mask, layout, index, negated, f"{source} -> {name}", named)
+        return TokenFact(TypeExpr("merge", arguments, before.expr.axes), before.layout)
 
     def _buffer_fact(self, node: Node) -> Fact:
-        """An untyped buffer [B, T, H] that merges are written into holds the root's tokens."""
-        root_fact = self._root_fact()
-        a = shape_of(node)[:-1]
-        b = tuple(axis.size for axis in root_fact.expr.axes)
-        if len(a) == len(b) and all(statically_equal(x, y) for x, y in zip(a, b, strict=True)):
-            return root_fact
+        """An untyped buffer [B, T, H] that merges are written into holds the tokens of the ids."""
+        for fact in self.entries.values():
+            if not isinstance(fact, TokenFact) or not roots_of(fact.expr)[0].is_ids:
+                continue
+            expr = fact.expr
+            sizes = [axis.size for axis in expr.axes]
+            given = shape_of(node)[:-1]
+            if len(given) == len(sizes) and all(map(statically_equal, given, sizes)):
+                return TokenFact(expr, (*layout_of_axes(expr.axes), ()))
         return None
 
     def _shows_types(self, origin: Node) -> bool:
@@ -362,7 +277,8 @@ class _Sweep:
     def _compares_ids(self, origin: Node) -> bool:
         return isinstance(_compared_id(origin), int) and not _is_floating(value_of(origin.args[0]))
 
-    def _type_of_mask(self, origin: Node, negated: bool) -> tuple[int | None, str]:
+    def _type_of_mask(self, origin: Node) -> tuple[int | None, str, bool]:
+        """The type that a merge under a mask makes, the mask in words, and True if its ids are declared."""
         token_id = _compared_id(origin)
         ids = [token_id] if isinstance(token_id, int) else []
         if op_name(origin) in ("or", "bitwise_or", "__or__", "logical_or", "or_"):
@@ -371,27 +287,24 @@ class _Sweep:
             text = " | ".join(f"eq({qualified_name(origin.all_input_nodes[0])}, {i})" for i in ids)
             claimed = {self.token_types.index_of_id(i) for i in ids}
             if claimed == {None} and self.token_types.merge_index is not None:
-                return self.token_types.merge_index, text
+                return self.token_types.merge_index, text, False
             if len(claimed) == 1 and None not in claimed:
-                return claimed.pop(), text
-            return None, f"{text}: no one token type claims these ids; declare them in TokenTypes"
+                return claimed.pop(), text, True
+            reason = f"{text}: no one token type claims these ids; declare them in TokenTypes"
+            return None, reason, False
         text = qualified_name(origin) if origin.op == "placeholder" else f"mask {origin.name}"
         if self.token_types.merge_index is None:
-            return None, f"{text} is a bool mask and no token type has merge=True"
-        return self.token_types.merge_index, text
+            return None, f"{text} is a bool mask and no token type has merge=True", False
+        return self.token_types.merge_index, text, False
 
-    def _already_claimed(self, expr: TypeExpr, origin: Node, negated: bool, index: int) -> bool:
+    def _already_claimed(self, expr: TypeExpr, origin: Node, index: int) -> bool:
         """True if the merge's ids are declared and the root compares them already."""
-        root = self.root
-        return (
-            root is not None
-            and root.is_ids
-            and not negated
-            and expr.op in ("tokens", "merge")
-            and isinstance(_compared_id(origin), int)
-            and origin.args[0] is root.node
-            and self.token_types.index_of_id(_compared_id(origin)) == index  # type: ignore[arg-type]
-        )
+        token_id = _compared_id(origin)
+        if token_id is None or self.token_types.index_of_id(token_id) != index:
+            return False
+        assert isinstance(origin.args[0], Node)
+        roots = roots_of(expr)
+        return all(root.is_ids and same_ids(origin.args[0], root.node) for root in roots)
 
     def _arms(
         self, node: Node, origin: Node, negated: bool, new: Node, old: Node
@@ -400,9 +313,7 @@ class _Sweep:
         facts = self.facts(new), self.facts(old)
         assert isinstance(facts[0], TokenFact)
         assert isinstance(facts[1], TokenFact)
-        if not self._shows_types(origin):
-            return False, None
-        index, source = self._type_of_mask(origin, negated)
+        index, source, _ = self._type_of_mask(origin)
         if index is None:
             return True, Lost(f"where ({node.name}): {source}")
         if negated:
@@ -429,6 +340,29 @@ def _is_floating(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return any(_is_floating(v) for v in value)
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+_CREATIONS = frozenset(
+    "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full scalar_tensor".split()
+)
+
+
+def _is_constant(value: Any) -> bool:
+    """A number, or a tensor filled with one: writing it replaces no token by another."""
+    while isinstance(value, Node) and op_name(value) in _MASK_VIEWS and value.args:
+        value = value.args[0]
+    if not isinstance(value, Node):
+        return True
+    return op_name(value) in _CREATIONS or shape_of(value) == ()
+
+
+def _has_own_tokens(node: Node, fact: TokenFact) -> bool:
+    """True if a value from the caller has every token dimension of a fact: it may hold other tokens."""
+    shape = shape_of(node)
+    rank = len(fact.layout)
+    dims = [d - rank for d, axes in enumerate(fact.layout) if axes]
+    along = all(-d <= len(shape) and not statically_equal(shape[d], 1) for d in dims)
+    return along and comes_from_caller(node)
 
 
 def _mask_origin(mask: Node) -> tuple[Node, bool]:

@@ -37,7 +37,7 @@ def set_value(node: Node, value: Any) -> None:
 
 
 def op_name(node: Node) -> str:
-    """One name per operation, whatever its spelling: ``x.add_(y)``, ``operator.iadd``, ``aten.add.Tensor`` are "add"."""
+    """One name per operation: ``x.add_(y)``, ``operator.iadd`` and ``aten.add.Tensor`` are all "add"."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         name = target._schema.name.partition("::")[2]
@@ -61,16 +61,21 @@ _IN_PLACE_OPERATORS = {
 }
 
 
-def is_in_place(node: Node) -> bool:
-    """True if the operation writes its first argument."""
+def written_by(node: Node) -> Node | None:
+    """What an operation writes in place (its first argument), or None."""
+    if node.op not in ("call_function", "call_method") or not node.args:
+        return None
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return (
-        name == "setitem"
-        or name in ("iadd", "isub", "imul", "itruediv")
-        or (name.endswith("_") and not name.startswith("_") and name not in ("or_", "and_"))
-    )
+        writes = node.target._schema.is_mutable
+    else:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        in_place_method = name.endswith("_") and not name.startswith("_")
+        writes = (in_place_method and name not in ("or_", "and_")) or name in _WRITING
+    target = node.args[0]
+    return target if writes and isinstance(target, Node) else None
+
+
+_WRITING = frozenset("setitem iadd isub imul itruediv ior iand".split())
 
 
 def statically_equal(a: Size, b: Size) -> bool:
@@ -167,15 +172,30 @@ class TypeExpr:
 
 @dataclass(eq=False)
 class Root:
-    """Where the tokens of a graph come in: the indices of the embedding, or hidden states handed in.
+    """Where tokens come into a graph: ids that the vocabulary's embedding reads, or hidden states handed in.
 
-    node    the ids [B, T] (or [T]), or the hidden states [B, T, H]
-    is_ids  True for ids
+    node        the ids [B, T] (or [T]), or the hidden states [B, T, H]
+    is_ids      True for ids
+    axes        the token axes of ``node``
+    holders     arguments that hold hidden states of these tokens: the root, and a residual beside it
+    sink_known  row 0 is the first position of the sequence (``padding`` aside)
+    padding     attention_mask [B, T] of the call: 0 where there is padding; None: no padding
     """
 
     node: Node
     is_ids: bool
     axes: tuple[Axis, ...]
+    holders: tuple[Node, ...] = ()
+    sink_known: bool = False
+    padding: Node | None = None
+
+
+def roots_of(expr: TypeExpr) -> list[Root]:
+    """The roots that a recipe starts from."""
+    if expr.op == "tokens":
+        return [expr.args[0]]
+    inner = expr.args[1:] if expr.op == "cat" else expr.args[:1]
+    return [root for part in inner for root in roots_of(part)]
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def shape_of(node: Any) -> tuple[Size, ...]:
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
-def _argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
@@ -107,11 +107,11 @@ def permute(node: Node, facts: Facts) -> Fact:
     rank, name = len(fact.layout), op_name(node)
     dims = list(range(rank))
     if name in ("transpose", "swapaxes", "swapdims"):
-        a = _argument(node, 1, "dim0") % rank
-        b = _argument(node, 2, "dim1") % rank
+        a = argument(node, 1, "dim0") % rank
+        b = argument(node, 2, "dim1") % rank
         dims[a], dims[b] = dims[b], dims[a]
     elif name == "permute":
-        given = _argument(node, 1, "dims")
+        given = argument(node, 1, "dims")
         given = node.args[1:] if isinstance(given, int) else given
         dims = [d % rank for d in given]
     else:  # t
@@ -175,6 +175,42 @@ def _index_layout(fact: TokenFact, items: Sequence[Any], node: Node) -> Fact:
     return TokenFact(expr, tuple(layout))
 
 
+def assign(node: Node, facts: Facts) -> Fact:
+    """``x[index] = y`` by position: fine along features, lost along tokens. (By mask it is a merge.)"""
+    target, index, value = node.args
+    before, new = facts(target), facts(value)
+    if isinstance(before, Lost) or (before is None and new is None):
+        return before
+    items = list(index) if isinstance(index, (tuple, list)) else [index]
+    if not isinstance(before, TokenFact):
+        return Lost(f"{_where(node)} puts tokens into a tensor without")
+    items = [item for item in items if item is not None]
+    if Ellipsis in items:
+        at = items.index(Ellipsis)
+        missing = len(before.layout) - len(items) + 1
+        items = [*items[:at], *[slice(None)] * missing, *items[at + 1 :]]
+    touched = [i for i, item in enumerate(items) if item != slice(None)]
+    if not touched and new is None and isinstance(value, Node):
+        return Lost(f"{_where(node)} replaces all tokens")
+    if any(isinstance(value_of(items[i]), Tensor) or before.layout[i] for i in touched):
+        return Lost(f"{_where(node)} writes tokens by position")
+    return before
+
+
+def copy(node: Node, facts: Facts) -> Fact:
+    """``x.copy_(y)``: the types of y, if it has any."""
+    target, source = node.args[0], argument(node, 1, "src")
+    fact = facts(source)
+    if isinstance(fact, TokenFact):
+        layout = broadcast_layout(fact.layout, shape_of(source), shape_of(target))
+        return (
+            Lost(f"{_where(node)} repeats tokens")
+            if layout is None
+            else TokenFact(fact.expr, layout)
+        )
+    return fact or (facts(target) and Lost(f"{_where(node)} replaces tokens"))
+
+
 def _slice(
     expr: TypeExpr, axis: Any, bounds: tuple[Any, Any, Any], size: Size
 ) -> tuple[TypeExpr, Any]:
@@ -200,19 +236,19 @@ def select_or_slice(node: Node, facts: Facts) -> Fact:
     fact = facts(node.args[0])
     if not isinstance(fact, TokenFact):
         return fact
-    dim = _argument(node, 1, "dim", 0) % len(fact.layout)
+    dim = argument(node, 1, "dim", 0) % len(fact.layout)
     name = op_name(node)
     if name == "slice":
         item: Any = slice(
-            _argument(node, 2, "start"), _argument(node, 3, "end"), _argument(node, 4, "step", 1)
+            argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)
         )
     elif name == "narrow":
-        start, length = _argument(node, 2, "start"), _argument(node, 3, "length")
+        start, length = argument(node, 2, "start"), argument(node, 3, "length")
         if not isinstance(start, int) or not isinstance(length, int):
             return Lost(f"{_where(node)} has computed bounds")
         item = slice(start, start + length)
     else:
-        item = _argument(node, 2, "index")
+        item = argument(node, 2, "index")
     return _index_layout(fact, [slice(None)] * dim + [item], node)
 
 
@@ -235,19 +271,22 @@ def pieces(node: Node, facts: Facts) -> Fact:
 
 
 def concatenate(node: Node, facts: Facts) -> Fact:
-    operands = _argument(node, 0, "tensors")
+    # An empty operand (a cache before its first use) adds nothing.
+    operands = [n for n in argument(node, 0, "tensors") if not _is_empty(n)]
     found = [facts(operand) for operand in operands]
     typed = [f for f in found if isinstance(f, TokenFact)]
     if not typed:
         return next((f for f in found if isinstance(f, Lost)), None)
     rank = len(typed[0].layout)
+    if len(found) == 1 and op_name(node) != "stack":
+        return typed[0]
     if op_name(node) == "stack":
-        dim = _argument(node, 1, "dim", 0) % (rank + 1)
+        dim = argument(node, 1, "dim", 0) % (rank + 1)
         fact = _agree(typed, node)
         if not isinstance(fact, TokenFact):
             return fact
         return TokenFact(fact.expr, (*fact.layout[:dim], (), *fact.layout[dim:]))
-    dim = _argument(node, 1, "dim", node.kwargs.get("axis", 0)) % rank
+    dim = argument(node, 1, "dim", node.kwargs.get("axis", 0)) % rank
     if not any(fact.layout[dim] for fact in typed):
         # A dimension of size 1 may be a token axis too (a decode step beside its cache).
         if len(typed) == len(found) or not _is_token_dimension(typed[0], dim):
@@ -273,6 +312,10 @@ def concatenate(node: Node, facts: Facts) -> Fact:
     axes = (*first.expr.axes[:position], axis, *first.expr.axes[position + 1 :])
     expr = TypeExpr("cat", (position, *(f.expr for f in typed)), axes)
     return TokenFact(expr, (*first.layout[:dim], (axis,), *first.layout[dim + 1 :]))
+
+
+def _is_empty(node: Any) -> bool:
+    return any(statically_equal(size, 0) for size in shape_of(node))
 
 
 def _is_token_dimension(fact: TokenFact, dim: int) -> bool:
@@ -336,7 +379,7 @@ def matmul(node: Node, facts: Facts) -> Fact:
 
 def attention(node: Node, facts: Facts) -> Fact:
     """Each query keeps its type."""
-    fact = facts(_argument(node, 0, "query"))
+    fact = facts(argument(node, 0, "query"))
     result = _features_last(fact, node) if isinstance(fact, TokenFact) else fact
     outputs = value_of(node)
     return [result, *[None] * (len(outputs) - 1)] if isinstance(outputs, (tuple, list)) else result
@@ -344,10 +387,10 @@ def attention(node: Node, facts: Facts) -> Fact:
 
 def normalise(node: Node, facts: Facts) -> Fact:
     """layer_norm, rms_norm: the normalised dimensions must be features."""
-    fact = facts(_argument(node, 0, "input"))
+    fact = facts(argument(node, 0, "input"))
     if not isinstance(fact, TokenFact):
         return fact
-    shape = _argument(node, 1, "normalized_shape")
+    shape = argument(node, 1, "normalized_shape")
     count = len(shape) if isinstance(shape, (tuple, list)) else 1
     if any(fact.layout[-count:]):
         return Lost(f"{_where(node)} normalises over tokens")
@@ -359,7 +402,7 @@ def pad(node: Node, facts: Facts) -> Fact:
     fact = facts(node.args[0])
     if not isinstance(fact, TokenFact):
         return fact
-    padded = len(_argument(node, 1, "pad")) // 2
+    padded = len(argument(node, 1, "pad")) // 2
     if any(fact.layout[-padded:]):
         return Lost(f"{_where(node)} pads tokens")
     return fact
@@ -402,9 +445,9 @@ def no_tokens(node: Node, facts: Facts) -> Fact:
 _POINTWISE = """
     add sub rsub mul div truediv floordiv true_divide pow rsqrt sqrt neg abs exp exp2 log sigmoid tanh relu relu6 gelu
     silu mish softplus leaky_relu elu selu hardswish hardtanh hardsigmoid quick_gelu celu clamp clamp_min clamp_max
-    clip erf sin cos round floor reciprocal square where masked_fill softmax log_softmax dropout feature_dropout to float
-    half bfloat16 double type type_as contiguous clone detach alias _to_copy convert_element_type positive maximum minimum
-    addcmul lerp nan_to_num copy lift_fresh requires_grad cpu cuda logaddexp sign remainder
+    clip erf sin cos round floor reciprocal square where masked_fill softmax log_softmax dropout feature_dropout to
+    float half bfloat16 double type type_as contiguous clone detach alias _to_copy convert_element_type positive
+    maximum minimum addcmul lerp nan_to_num lift_fresh requires_grad cpu cuda logaddexp sign remainder
     fmod mod expm1 log1p sinh cosh softsign threshold prelu identity pos _conj _softmax _log_softmax
 """.split()
 _NO_TOKENS = """
@@ -457,6 +500,7 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(("layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm"), normalise),
     "getitem": getitem,
+    "copy": copy,
     "pad": pad,
     "einsum": einsum,
 }

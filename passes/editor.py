@@ -1,0 +1,113 @@
+"""Adding to a graph: calls with their fake values, and placeholders for tensors that the graph did not have.
+
+Only OpOverload calls are added, each with its fake value: AOTAutograd's cache refuses anything else. New placeholders
+are *trailing* (``TrailingInputs`` says what to feed them): positions of the original arguments never change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from freeact_fx.config import QuantConfig
+
+from .node_facts import LinearFact, set_value, value_of
+from .sizes import SizeReader
+
+aten = torch.ops.aten
+
+KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack")
+
+
+@dataclass
+class RootInput:
+    """What the runner has to know of a root.
+
+    shape      of its type tensor, from the arguments of a call
+    device     of its type tensor
+    is_ids     its types show in ids; False: in what an earlier graph recorded for one of ``holders``
+    holders    positions of the arguments that hold its hidden states
+    is_needed  a Linear's types rest on it alone, no merge says more
+    """
+
+    shape: SizeReader
+    device: torch.device
+    is_ids: bool
+    holders: tuple[int, ...] = ()
+    is_needed: bool = False
+
+
+@dataclass
+class TrailingInputs:
+    """What to feed the placeholders that were added, in order.
+
+    feeds         ("tensor", tensor) | ("packed", Linear's position in ``dense``, field)
+                  | ("explicit", ``RootInput``) | ("recorded", ``RootInput``)
+    dense         the dense Linears that were replaced
+    roots         where tokens come in
+    recorded      for each added output: position of the original output whose types it holds
+    num_outputs   outputs the graph had before
+    """
+
+    feeds: list[tuple[Any, ...]] = field(default_factory=list)
+    dense: list[LinearFact] = field(default_factory=list)
+    roots: list[RootInput] = field(default_factory=list)
+    recorded: list[int] = field(default_factory=list)
+    num_outputs: int = 0
+
+
+class Editor:
+    """Adds nodes and placeholders to a graph, with their fake values."""
+
+    def __init__(self, gm: GraphModule, inputs: dict[Node, Any], config: QuantConfig) -> None:
+        self.gm, self.inputs, self.config = gm, inputs, config
+        self.graph = gm.graph
+        self.trailing = TrailingInputs()
+        self._tensors: dict[int, Node] = {}
+        values = (value_of(n) for n in self.graph.nodes)
+        fakes = [v for v in values if isinstance(v, torch._subclasses.FakeTensor)]
+        self.fake_mode = fakes[0].fake_mode if fakes else torch._subclasses.FakeTensorMode()
+
+    # ------------------------------------------------------------------ nodes
+
+    def call(self, op: Any, *args: Any, like: Node | None = None, **kwargs: Any) -> Node:
+        """Add a call at the insertion point; ``like`` is the user's node whose place in the source it takes."""
+        node = self.graph.call_function(op, args, kwargs)
+        fake_args, fake_kwargs = torch.fx.node.map_arg((args, kwargs), value_of)
+        with self.fake_mode:
+            set_value(node, op(*fake_args, **fake_kwargs))
+        if like is not None:
+            node.meta.update({k: like.meta[k] for k in KEPT_META if k in like.meta})
+        return node
+
+    def size(self, node: Node, dim: int) -> Any:
+        """A size as an int, or as a node where it is symbolic."""
+        size = value_of(node).shape[dim]
+        return size if isinstance(size, int) else self.call(aten.sym_size.int, node, dim)
+
+    def placeholder(self, name: str, value: Tensor, feed: tuple[Any, ...]) -> Node:
+        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1:]
+        with (
+            self.graph.inserting_after(last[0])
+            if last
+            else self.graph.inserting_before(next(iter(self.graph.nodes)))
+        ):
+            node = self.graph.placeholder(f"freeact_{name}_{len(self.trailing.feeds)}")
+        set_value(node, value)
+        node._dynamo_source = None  # type: ignore[attr-defined]
+        node.meta["tensor_dict"] = {}
+        if feed[0] in ("tensor", "packed"):
+            node.meta["tensor_dict"]["_dynamo_static_input_type"] = "unguarded"
+        self.trailing.feeds.append(feed)
+        return node
+
+    def tensor_input(self, name: str, tensor: Tensor, feed: tuple[Any, ...] | None = None) -> Node:
+        """A trailing placeholder for a tensor of ours; one per tensor."""
+        if id(tensor) not in self._tensors:
+            fake = self.fake_mode.from_tensor(tensor, static_shapes=True)
+            self._tensors[id(tensor)] = self.placeholder(name, fake, feed or ("tensor", tensor))
+        return self._tensors[id(tensor)]
