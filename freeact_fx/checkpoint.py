@@ -36,6 +36,9 @@ from .transform import GroupTransform, PackedLinear
 
 VERSION = 1
 _OPERANDS = ("left", "right", "clip", "shift", "channel_scale", "lowrank")
+# What config.json says of a group and of a Linear.
+_GROUP_KINDS = {"plan": str, "widths": list, "slice_of_type": list, "own_rank": int}
+_LINEAR_KINDS = {"group": str, "num_features": int, "fingerprint": list}
 
 
 def fingerprint(weight: Tensor) -> tuple[float, float, float]:
@@ -268,6 +271,8 @@ def _sha256(file: Path) -> str:
 def _read_meta(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())["quantization_config"]
+        if not isinstance(content, dict) or not isinstance(content.get("freeact", {}), dict):
+            raise TypeError("quantization_config is no object")
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{file}: not a checkpoint's config.json ({type(error).__name__}: {error})."
@@ -290,6 +295,18 @@ def _read_meta(file: Path) -> dict[str, Any]:
     return meta
 
 
+def _check_entry(meta: Any, where: str, kinds: Mapping[str, type]) -> None:
+    """Raise CheckpointError for an entry of config.json that lacks a field or has one of another kind."""
+    for key, kind in kinds.items():
+        value = meta.get(key) if isinstance(meta, dict) else None
+        numbers = value if isinstance(value, list) else []
+        if not isinstance(value, kind) or not all(isinstance(n, (int, float)) for n in numbers):
+            raise CheckpointError(
+                f"config.json: {where}: {key!r} is missing or ill-formed, got {value!r}. The file was "
+                f"edited; restore it."
+            )
+
+
 def _take(
     tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
@@ -303,12 +320,15 @@ def _take(
             f"model.safetensors: {name} must be {dtype} of shape {list(shape)}, got {tensor.dtype} of "
             f"shape {list(tensor.shape)}."
         )
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise CheckpointError(f"model.safetensors: {name} must be finite. Calibrate anew.")
     return tensor
 
 
 def _load_group(
     name: str, meta: Mapping[str, Any], config: QuantConfig, tensors: Mapping[str, Tensor]
 ) -> GroupTransform:
+    _check_entry(meta, f"group {name}", _GROUP_KINDS)
     found = {o: tensors.get(f"freeact.{name}.{o}") for o in _OPERANDS}
     for operand in ("left", "right", "clip"):
         if found[operand] is None:
@@ -334,6 +354,7 @@ def _load_linear(
     groups: Mapping[str, GroupTransform],
     tensors: Mapping[str, Tensor],
 ) -> PackedEntry:
+    _check_entry(meta, f"Linear {name}", _LINEAR_KINDS)
     group = groups.get(meta["group"])
     if group is None:
         raise CheckpointError(
@@ -360,7 +381,8 @@ def _load_linear(
     slices = (num_outputs, len(group.widths))
     scale = _take(tensors, f"{name}.weight_scale", slices, torch.float32)
     optional: dict[str, Tensor | None] = {"bias_table": None, "branch_weight": None}
-    if f"{name}.bias_table" in tensors:
+    # Without a shift it is the bias, which not every Linear has.
+    if f"{name}.bias_table" in tensors or group.shift is not None:
         rows = (group.num_rows, num_outputs)
         optional["bias_table"] = _take(tensors, f"{name}.bias_table", rows, torch.float32)
     if group.lowrank is not None:

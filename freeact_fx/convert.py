@@ -13,7 +13,7 @@ from .checkpoint import Checkpoint
 from .config import QuantConfig
 from .eligibility import TOWER_REASON, ineligible_reason, is_tower_name, matches
 from .errors import CheckpointError, ConfigError, UnsupportedLinear
-from .token_types import explicit_types
+from .token_types import check_type_range, explicit_types
 from .transform import GroupTransform, PackedLinear, orthogonal_transform, pack_linear
 
 
@@ -93,7 +93,8 @@ class FreeActLinear(_FixedDtype):
     def _eager_types(self, x: Tensor) -> Tensor | None:
         types = explicit_types()
         if types is not None and tuple(types.shape) == tuple(x.shape[:-1]):
-            return torch.where(types >= 0, types, 0)
+            check_type_range(types, self.type_names)
+            return torch.where(types >= 0, types, 0).to(x.device)
         if len(self.type_names) > 1 and not self._warned:
             self._warned = True
             warnings.warn(

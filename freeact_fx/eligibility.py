@@ -40,6 +40,8 @@ def ineligible_reason(
     tied    the weight is an embedding's too
     """
     included = matches(name, config.include)
+    if not included and matches(name, config.skip):
+        return f"listed in QuantConfig.skip {list(config.skip)}"
     if weight is not None:
         if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return (
@@ -49,11 +51,7 @@ def ineligible_reason(
             return f"weights must be plain dense tensors, got {type(weight).__name__}"
     if (reason := illegal_features_reason(num_features)) is not None:
         return reason + "; pad the layer"
-    if included:
-        return None
-    if matches(name, config.skip):
-        return f"listed in QuantConfig.skip {list(config.skip)}"
-    if tied:
+    if tied and not included:
         return "its weight is tied to an embedding; list it in QuantConfig.include to quantise it"
     return None
 

@@ -60,6 +60,10 @@ class Options:
             raise ConfigError(
                 f"mode: unknown {mode!r}.{nearest_name(str(mode), compat.known_modes())}"
             )
+        if not isinstance(given.get("inductor", {}), Mapping):
+            raise ConfigError(
+                f"options['inductor']: must be a dict of Inductor options, got {given['inductor']!r}."
+            )
         inductor = {**compat.mode_options(mode), **given.get("inductor", {})}
         if (unknown := compat.unknown_inductor_option(inductor)) is not None:
             hint = nearest_name(unknown, compat.known_inductor_options())

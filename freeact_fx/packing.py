@@ -45,6 +45,8 @@ class Packer:
 
     def transform(self, name: str, dense: Tensor) -> GroupTransform | str:
         """The transform of a Linear's group, or why there is none."""
+        if not bool(dense.isfinite().all()):
+            return "its weight holds NaN or infinite values"
         if self.checkpoint is None:
             return _orthogonal(dense.shape[1], self.config, str(dense.device))
         return self.checkpoint.transform_of(name, dense)
@@ -62,8 +64,6 @@ class Packer:
         transform = self.transform(name, dense)
         if isinstance(transform, str):
             return transform
-        if not bool(dense.isfinite().all()):
-            return "its weight holds NaN or infinite values"
         stored = None if self.checkpoint is None else self.checkpoint.packed_for(name, dense)
         if stored is None or not self.config.quantize:
             stored = pack_linear(
