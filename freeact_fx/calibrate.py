@@ -6,8 +6,8 @@ observer takes what it needs. Whatever compiles can be calibrated.
 Memory: per group (P types and the untyped row) ``seen types * (K^2 + sample_tokens * K) * 4`` bytes, summed over the
 groups of the model: 1.2 GB for SmolLM2-135M (K = 576 and 1536) with three types.
 
-This is the first form of the calibration: plans ``single`` and ``shift`` in closed form (``closed_form``), activation
-clips by type, and of the two plans the one with the smaller measured error if ``plan="auto"``.
+Plans ``single``, ``shift`` and ``branch`` (shared) are fitted in closed form (``closed_form``), activation clips by
+type on the sample, weight codes by GPTQ. ``plan="auto"`` takes the plan with the least error on the sample.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint, PackedEntry, fingerprint
-from .closed_form import fit_transform
+from .closed_form import fit_transform, transformed_moment
 from .config import QuantConfig
 from .errors import ConfigError
 from .reference import quantize_tokens, rows_of_type, transform, unpack_int4
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 # Below this many tokens a type's mean says less than that of all tokens.
 MIN_TOKENS_FOR_MEAN = 8
+PLANS_TO_FIT = ("single", "shift", "branch")
 _CLIPS = torch.linspace(0.5, 1.0, 11).tolist()
 
 
@@ -101,6 +102,28 @@ class GroupStatistics:
             total += (dense.t() @ dense).double().cpu()
         return total
 
+    def mixture(self, gram: Tensor, *, centred: bool) -> Tensor:
+        """Second moment [K, K] fp64 of all types; one counts by its tokens, relative to the energy of their outputs."""
+        means = self.means().to(gram.device)
+        total = torch.zeros_like(gram)
+        for index, moment in self.moment.items():
+            own = moment.to(gram.device).double() / self.count[index].to(gram.device)
+            share = float(self.count[index] / self.count.sum())
+            energy = float((own * gram).sum())
+            if centred and index < self.config.num_types:
+                # About the shift, which is not the type's own mean if the type was hardly seen.
+                mean, shift = (self.total[index] / self.count[index]).to(gram.device), means[index]
+                own = own - torch.outer(mean, shift) - torch.outer(shift, mean - shift)
+            total += own * (share / max(energy, 1e-30))
+        return total
+
+    def branch_rank(self) -> int:
+        """Columns of a shared branch that ``memory_budget`` pays for."""
+        num_features = self.weights[0].shape[1]
+        num_outputs = sum(w.shape[0] for w in self.weights)
+        room = (self.config.memory_budget - 1) * num_features * num_outputs
+        return int(min(room / (4 * (num_features + num_outputs)), num_features // 4))
+
     def means(self) -> Tensor:
         """Mean of each type, [P, K]; that of all tokens for a type that was hardly seen."""
         pooled = self.total.sum(0) / self.count.sum().clamp_min(1)
@@ -112,34 +135,57 @@ class GroupStatistics:
 def _fit_group(
     statistics: GroupStatistics,
 ) -> tuple[GroupTransform, list[PackedLinear], dict[str, Any]]:
+    """Fit each plan that may be chosen, keep the one with the least error on the sample, and choose its codes well."""
     config = statistics.config
-    count, gram, means = statistics.count, statistics.gram(), statistics.means()
-    num_features = gram.shape[0]
-    moments = torch.zeros(count.shape[0], num_features, num_features)
-    weights_of_type = torch.zeros(count.shape[0], dtype=torch.float64)
-    for index, moment in statistics.moment.items():
-        moments[index] = moment / count[index]
-        # A type counts by its share of the tokens, relative to the energy of its outputs.
-        energy = float((moments[index].double() * gram).sum())
-        weights_of_type[index] = count[index] / count.sum() / max(energy, 1e-30)
-    plans = ("single", "shift") if config.plan == "auto" else (config.plan,)
+    device = statistics.weights[0].device
+    gram, means = statistics.gram().to(device), statistics.means().to(device)
     best: tuple[float, GroupTransform, list[PackedLinear], dict[str, Any]] | None = None
-    for plan in plans:
-        fitted = fit_transform(plan, means, moments, weights_of_type, gram, config)
+    for plan in PLANS_TO_FIT if config.plan == "auto" else (config.plan,):
+        rank = statistics.branch_rank() if plan == "branch" else 0
+        if plan == "branch" and not rank:
+            continue
+        moment = statistics.mixture(gram, centred=plan != "single")
+        fitted = fit_transform(plan, means, moment, gram, config, rank)
         if config.clip_search:
             fitted = replace(fitted, clip=_search_clip(fitted, statistics))
-        packed = [
-            pack_linear(
-                fitted, w.detach().float(), None if b is None else b.detach().float(), config
-            )
-            for w, b in zip(statistics.weights, statistics.biases, strict=True)
-        ]
+        packed = _pack(fitted, statistics, None)
         errors = _measure(fitted, packed, statistics)
-        total = sum(sum(by_type.values()) / len(by_type) for by_type in errors.values())
-        if best is None or total < best[0]:
-            best = (total, fitted, packed, errors)
-    assert best is not None
-    return best[1:]
+        if best is None or _mean_error(errors) < best[0]:
+            best = (_mean_error(errors), fitted, packed, errors)
+    if best is None:
+        raise ConfigError(
+            f"calibrate: {statistics.names[0]}: QuantConfig.memory_budget={config.memory_budget} leaves no "
+            f"room for a branch. Raise it, or choose plan='auto'."
+        )
+    error, fitted, packed, errors = best
+    if config.gptq:
+        # Plans are compared rounded to nearest, which ranks them alike at a fraction of the time.
+        moment = statistics.mixture(gram, centred=fitted.shift is not None)
+        repacked = _pack(fitted, statistics, transformed_moment(fitted, moment))
+        remeasured = _measure(fitted, repacked, statistics)
+        if _mean_error(remeasured) < error:
+            packed, errors = repacked, remeasured
+    return fitted, packed, errors
+
+
+def _pack(
+    fitted: GroupTransform, statistics: GroupStatistics, hessian: Tensor | None
+) -> list[PackedLinear]:
+    return [
+        pack_linear(
+            fitted,
+            weight.detach().float(),
+            None if bias is None else bias.detach().float(),
+            statistics.config,
+            hessian,
+        )
+        for weight, bias in zip(statistics.weights, statistics.biases, strict=True)
+    ]
+
+
+def _mean_error(errors: dict[str, dict[str, float]]) -> float:
+    """Relative error of a group: types count alike, and so do its Linears."""
+    return sum(sum(by_type.values()) / len(by_type) for by_type in errors.values()) / len(errors)
 
 
 def _search_clip(fitted: GroupTransform, statistics: GroupStatistics) -> Tensor:
@@ -149,17 +195,21 @@ def _search_clip(fitted: GroupTransform, statistics: GroupStatistics) -> Tensor:
     """
     clip = fitted.clip.clone()
     for index, (_, tokens) in statistics.sample.items():
-        z = _transformed(fitted, tokens, torch.full((tokens.shape[0],), index))
+        types = torch.full((tokens.shape[0],), index, device=clip.device)
+        z, _ = _transformed(fitted, tokens.to(clip.device), types)
         errors = []
         for candidate in _CLIPS:
-            codes, scale = quantize_tokens(z, torch.tensor([candidate]), statistics.config.qmax)
+            ratio = torch.tensor([candidate], device=clip.device)
+            codes, scale = quantize_tokens(z, ratio, statistics.config.qmax)
             errors.append(float((codes.float() * scale - z).square().sum()))
         clip[index] = _CLIPS[errors.index(min(errors))]
     clip[-1] = max(clip[i] for i in statistics.sample)
     return clip
 
 
-def _transformed(fitted: GroupTransform, tokens: Tensor, types: Tensor) -> Tensor:
+def _transformed(
+    fitted: GroupTransform, tokens: Tensor, types: Tensor
+) -> tuple[Tensor, Tensor | None]:
     return transform(
         tokens,
         types,
@@ -167,12 +217,12 @@ def _transformed(fitted: GroupTransform, tokens: Tensor, types: Tensor) -> Tenso
         fitted.channel_scale,
         fitted.left,
         fitted.right,
-        None,
+        fitted.lowrank,
         fitted.widths,
         fitted.slice_of_type,
         0,
-        0,
-    )[0]
+        fitted.own_rank,
+    )
 
 
 def _measure(
@@ -180,8 +230,8 @@ def _measure(
 ) -> dict[str, dict[str, float]]:
     """Squared error of each Linear's outputs on the sample, relative to their energy, by type name."""
     names = (*statistics.config.type_names, "untyped")
-    tokens, types = statistics.samples()
-    z = _transformed(fitted, tokens, types)
+    tokens, types = (t.to(fitted.left.device) for t in statistics.samples())
+    z, coefficients = _transformed(fitted, tokens, types)
     codes, scale = quantize_tokens(
         z, rows_of_type(fitted.clip, types, 0).unsqueeze(1), statistics.config.qmax
     )
@@ -194,6 +244,8 @@ def _measure(
             unpack_int4(linear.weight, codes.shape[1]).float() * linear.weight_scale[0][:, None]
         )
         got = (codes.float() * scale) @ dequantized.t()
+        if coefficients is not None and linear.branch_weight is not None:
+            got = got + coefficients.bfloat16().float() @ linear.branch_weight.float()
         if linear.bias_table is not None:
             got = got + linear.bias_table[types] - (0 if bias is None else bias.detach().float())
         difference, energy = (got - want).square().sum(1), want.square().sum(1)
@@ -218,16 +270,16 @@ def calibrate(
     model    dense, any device; it is run in eval mode under no_grad and not changed
     batches  any iterable of inputs: a mapping is passed as keyword arguments, a tuple or list as positional ones,
              anything else as the only argument. For a diffusion language model mask them at various ratios
-    config   None: the default one. ``plan`` must be "auto", "single" or "shift" so far
+    config   None: the default one. ``plan`` must be "auto", "single", "shift" or "branch" so far
     progress show progress bars
 
     Raises ConfigError if there is nothing to calibrate, for NaN or infinite activations (naming the Linear), and for
     a plan that calibration cannot fit.
     """
     config = config or QuantConfig()
-    if config.plan not in ("auto", "single", "shift"):
+    if config.plan not in ("auto", *PLANS_TO_FIT):
         raise ConfigError(
-            f"calibrate: QuantConfig.plan must be 'auto', 'single' or 'shift' so far, got {config.plan!r}."
+            f"calibrate: QuantConfig.plan must be 'auto', 'single', 'shift' or 'branch' so far, got {config.plan!r}."
         )
     if not config.quantize:
         config = replace(config, quantize=True)

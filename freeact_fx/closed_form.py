@@ -13,10 +13,13 @@ is left over all coordinates.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from .config import QuantConfig
+from .reference import kronecker
 from .transform import GroupTransform, kronecker_shape
 
 _ALTERNATIONS = 6
@@ -38,7 +41,7 @@ def geometric_mean(a: Tensor, b: Tensor) -> Tensor:
 def _damped(matrix: Tensor) -> Tensor:
     """Add a part of the mean eigenvalue: few tokens must not make a direction look free of charge."""
     size = matrix.shape[0]
-    eye = torch.eye(size, dtype=matrix.dtype)
+    eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
     mean = matrix.diagonal().mean()
     return matrix + (_DAMPING * mean if mean > 0 else 1.0) * eye
 
@@ -68,8 +71,8 @@ def kronecker_transform(
 
     c = rearranged(scale[:, None] * moment * scale)
     g = rearranged(gram / scale[:, None] / scale)
-    m_right = torch.eye(d2, dtype=torch.float64)
-    m_left = torch.eye(d1, dtype=torch.float64)
+    m_right = torch.eye(d2, dtype=torch.float64, device=moment.device)
+    m_left = torch.eye(d1, dtype=torch.float64, device=moment.device)
     for _ in range(_ALTERNATIONS):
         c_left = (c @ m_right.flatten()).view(d1, d1)
         g_left = (g @ torch.linalg.inv(m_right).flatten()).view(d1, d1)
@@ -82,47 +85,71 @@ def kronecker_transform(
     generator = torch.Generator().manual_seed(config.seed)
 
     def spread(n: int) -> Tensor:
-        return torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
+        square = torch.randn(n, n, generator=generator, dtype=torch.float64)
+        return torch.linalg.qr(square)[0].to(moment.device)
 
     left, right = _power(m_left, 0.5) @ spread(d1), _power(m_right, 0.5) @ spread(d2)
     return scale.float(), left.float(), right.float()
 
 
+def strongest_directions(moment: Tensor, gram: Tensor, rank: int) -> Tensor:
+    """The [K', R] orthonormal directions that carry most of activations and weights together.
+
+    moment, gram  [K', K'] of transformed activations and weights. Rounding error goes with tr(moment) tr(gram), so to
+                  first order with the sum of the two, each relative to its trace.
+    """
+    joint = moment / moment.trace().clamp_min(1e-30) + gram / gram.trace().clamp_min(1e-30)
+    return torch.linalg.eigh(joint.float())[1][:, -rank:].flip(1).contiguous()
+
+
 def fit_transform(
     plan: str,
     means: Tensor,
-    moments: Tensor,
-    weights_of_type: Tensor,
+    moment: Tensor,
     gram: Tensor,
     config: QuantConfig,
+    rank: int = 0,
 ) -> GroupTransform:
-    """The transform of plan ``single`` or ``shift`` for a group's statistics; clips are 1, to be searched.
+    """The transform of plan ``single``, ``shift`` or ``branch`` for a group's statistics; clips are 1, to be searched.
 
-    means            [P, K] fp64, the last (untyped) row unused
-    moments          [P, K, K] second moment of each type, uncentred
-    weights_of_type  [P] how much each type counts
-    gram             [K, K]
+    means   [P, K] fp64, the last (untyped) row unused
+    moment  [K, K] mixture of the types' second moments, centred for the plans that shift
+    gram    [K, K]
+    rank    columns of a shared branch
     """
     shift = None
-    total = torch.zeros_like(gram, dtype=torch.float64)
-    for index, weight in enumerate(weights_of_type.tolist()):
-        if weight > 0:
-            moment = moments[index].double()
-            if plan == "shift" and index < config.num_types:
-                moment = moment - torch.outer(means[index], means[index])
-            total += weight * moment
-    if plan == "shift":
-        shift = means.float()
+    if plan != "single":
+        shift = means.bfloat16()
         shift[-1] = 0
-    scale, left, right = kronecker_transform(total, gram, config)
+    scale, left, right = kronecker_transform(moment, gram, config)
     num_rows = config.num_types + 1
-    return GroupTransform(
+    fitted = GroupTransform(
         plan=plan,
         left=left,
         right=right.unsqueeze(0),
-        clip=torch.ones(num_rows),
+        clip=torch.ones(num_rows, device=left.device),
         shift=shift,
         channel_scale=scale,
         widths=(left.shape[1],),
         slice_of_type=(0,) * num_rows,
     )
+    if not rank:
+        return fitted
+    inverse = fitted.transformed_weight(torch.eye(gram.shape[0], device=gram.device)).float()
+    c = transformed_moment(fitted, moment)
+    g = inverse.t() @ gram.float() @ inverse
+    return replace(fitted, lowrank=strongest_directions(c, g, rank).bfloat16())
+
+
+def transformed_moment(fitted: GroupTransform, moment: Tensor) -> Tensor:
+    """``P^T C P`` of what is rounded, [K', K'] fp32: the moment of the tokens less their branch."""
+
+    def rows(matrix: Tensor) -> Tensor:
+        scaled = matrix if fitted.channel_scale is None else matrix * fitted.channel_scale
+        z = kronecker(scaled, fitted.left, fitted.right[0])
+        if fitted.lowrank is None:
+            return z
+        columns = fitted.lowrank.float()
+        return z - (z @ columns) @ columns.t()
+
+    return rows(rows(moment.float()).t().contiguous())

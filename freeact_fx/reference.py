@@ -2,9 +2,8 @@
 
 One quantised linear is ``y = x W + b`` written for a token of type ``t`` as::
 
-    u      = x - mu_t                                   # shift: this type's mean
-    c      = u U_t                ;  r = u - c U_t^T     # branch only: 16-bit coefficients, residual
-    z      = (r * s) (L_i kron R_i)                     # transform, into K slice i of this type
+    u      = ((x - mu_t) * s) (L_i kron R_i)            # shift by this type's mean; transform, into its K slice i
+    c      = u U_t                ;  z = u - c U_t^T     # branch only: 16-bit coefficients, residual
     codes  = round(z / a),  a = clip_t max|z| / qmax    # dynamic, per token
     y      = a * w_i * (codes . codes_W)  +  c V  +  (mu_t W + b)
              exact integer product           branch    bias table, row t
@@ -17,7 +16,7 @@ single      one slice, no shift
 shift       one slice, ``mu_t`` per type
 paper       slice i of type i is narrower than K: ``L_i`` is [D1, w_i], sum of w_i = D1
 duplicate   slice i of type i is all of K: the weight is stored once per type
-branch      one slice, ``mu_t``, and ``U``: [K, R] shared, or R / P columns per type
+branch      one slice, ``mu_t``, and ``U``: [K', R] shared, or its own columns for each type
 ==========  ==========================================================================
 
 Letters: M tokens, K in features = D1 * D2, N out features, P token types, S slices, R branch columns. Tables "by type"
@@ -106,15 +105,15 @@ def transform(
     default_type: int,
     own_rank: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """Shift, split off the branch, and transform each token into its own K slice.
+    """Shift, transform each token into its own K slice, and split off the branch.
 
     x              [..., K] any floating dtype
     token_type     [...] integers in [0, P), or None: all tokens are ``default_type``
-    shift          [P, K] fp32 or None
+    shift          [P, K] fp32 or bf16, or None
     channel_scale  [K] fp32 or None
     left           [D1, w_0 + ... + w_(S-1)] fp32, the left factors side by side
     right          [S, D2, D2] fp32
-    lowrank        [K, R] fp32 with orthonormal columns (within each type's, if own), or None
+    lowrank        [K', R] fp32 or bf16 with (nearly) orthonormal columns (within each type's, if own), or None
     widths         w_i; slice i has w_i * D2 columns
     own_rank       0: all types share the branch's columns; r: type t owns columns t r .. t r + r - 1
 
@@ -124,14 +123,6 @@ def transform(
     z = x.to(torch.float32)
     if shift is not None:
         z = z - rows_of_type(shift, token_type, default_type)
-    coefficients = None
-    if lowrank is not None:
-        coefficients = z @ lowrank
-        if own_rank:
-            owner = torch.arange(lowrank.shape[1], device=x.device) // own_rank
-            mine = owner == (default_type if token_type is None else token_type.unsqueeze(-1))
-            coefficients = torch.where(mine, coefficients, 0.0)
-        z = z - coefficients @ lowrank.t()
     if channel_scale is not None:
         z = z * channel_scale
     z = z.reshape(-1, z.shape[-1])
@@ -146,7 +137,16 @@ def transform(
         parts.append(part)
         start += width
     z = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-    return z.reshape(*lead, z.shape[-1]), coefficients
+    z = z.reshape(*lead, z.shape[-1])
+    if lowrank is None:
+        return z, None
+    columns = lowrank.to(torch.float32)
+    coefficients = z @ columns
+    if own_rank:
+        owner = torch.arange(lowrank.shape[1], device=x.device) // own_rank
+        mine = owner == (default_type if token_type is None else token_type.unsqueeze(-1))
+        coefficients = torch.where(mine, coefficients, 0.0)
+    return z - coefficients @ columns.t(), coefficients
 
 
 def quantize_tokens(z: Tensor, clip: Tensor, qmax: int) -> tuple[Tensor, Tensor]:

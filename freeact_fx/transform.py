@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import PLANS, QuantConfig
+from .gptq import gptq
 from .reference import pack_int4
 
 MIN_FEATURES = 32
@@ -63,7 +64,8 @@ class GroupTransform:
     """Operands of one group's activation side; see ``reference`` for their meaning. P counts the untyped row too.
 
     The weight side follows from them: slice i of the weight is multiplied by ``(L_i^+ kron R_i^-1) / s``. All tensors
-    are fp32. ``slice_of_type[t]`` is the K slice of type t; ``widths`` are the columns of each left factor.
+    are fp32; shift and branch may be bf16, since the weight side makes up for whatever they are. ``slice_of_type[t]``
+    is the K slice of type t; ``widths`` are the columns of each left factor.
     """
 
     plan: str
@@ -72,7 +74,7 @@ class GroupTransform:
     clip: Tensor  # [P]
     shift: Tensor | None = None  # [P, K]
     channel_scale: Tensor | None = None  # [K]
-    lowrank: Tensor | None = None  # [K, R]
+    lowrank: Tensor | None = None  # [K', R]
     widths: tuple[int, ...] = ()
     slice_of_type: tuple[int, ...] = ()
     own_rank: int = 0
@@ -116,14 +118,15 @@ class GroupTransform:
             "channel_scale": (num_features,),
         }
         if self.lowrank is not None:
-            expected["lowrank"] = (num_features, self.lowrank.shape[-1])
+            expected["lowrank"] = (self.num_codes, self.lowrank.shape[-1])
             if self.own_rank and self.lowrank.shape[-1] != self.own_rank * (num_rows - 1):
                 return f"lowrank needs {self.own_rank} columns for each of {num_rows - 1} types"
         for name, tensor in self.tensors().items():
             if name in expected and tuple(tensor.shape) != expected[name]:
                 return f"{name} must have shape {list(expected[name])}, got {list(tensor.shape)}"
-            if tensor.dtype != torch.float32:
-                return f"{name} must be float32, got {tensor.dtype}"
+            half = (torch.bfloat16,) if name in ("shift", "lowrank") else ()
+            if tensor.dtype not in (torch.float32, *half):
+                return f"{name} must be float32{' or bfloat16' * len(half)}, got {tensor.dtype}"
             if not bool(tensor.isfinite().all()):
                 return f"{name} must be finite"
         if len(self.slice_of_type) != num_rows or not all(
@@ -156,9 +159,21 @@ class GroupTransform:
         table = self.shift.double() @ weight.double().t()
         return (table if bias is None else table + bias.double()).float()
 
-    def branch_weight(self, weight: Tensor) -> Tensor | None:
-        """V = U^T W as [R, N] fp64, or None."""
-        return None if self.lowrank is None else self.lowrank.double().t() @ weight.double().t()
+    def split_branch(self, transformed: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A transformed weight [N, K'] without, and as [R, N], its part along the branch; fp64.
+
+        What is left of a token is orthogonal to a shared branch, so the weight's part along it meets zeros: it is
+        taken out of what is rounded. With own columns per type it meets other types' tokens and stays.
+        """
+        if self.lowrank is None:
+            return transformed, None
+        columns = self.lowrank.double()
+        along = transformed @ columns
+        if self.own_rank:
+            return transformed, along.t()
+        rest = transformed - along @ columns.t()
+        # Exact for any columns, also when bf16 left them only nearly orthonormal.
+        return rest, (along + rest @ columns).t()
 
 
 @dataclass(frozen=True)
@@ -212,26 +227,39 @@ def _best_scale(weight: Tensor, largest: Tensor) -> Tensor:
 
 @torch.no_grad()
 def pack_linear(
-    transform: GroupTransform, weight: Tensor, bias: Tensor | None, config: QuantConfig
+    transform: GroupTransform,
+    weight: Tensor,
+    bias: Tensor | None,
+    config: QuantConfig,
+    hessian: Tensor | None = None,
 ) -> PackedLinear:
-    """Fold the group's weight side into a dense weight [N, K] and pack it."""
+    """Fold the group's weight side into a dense weight [N, K] and pack it.
+
+    hessian  [K', K'] second moment of the transformed activations: codes are then chosen by GPTQ; None: to nearest
+    """
     transform = transform.to(weight.device)
-    transformed = transform.transformed_weight(weight).float()
+    rest, branch_weight = transform.split_branch(transform.transformed_weight(weight))
+    transformed = rest.float()
     bias_table = transform.bias_table(weight, bias)
-    branch_weight = transform.branch_weight(weight)
     if not config.quantize:
         scale = torch.ones(len(transform.widths), weight.shape[0], device=weight.device)
-        branch = None if branch_weight is None else branch_weight.float()
+        branch = None if branch_weight is None else branch_weight.float().contiguous()
         return PackedLinear(transformed, scale, bias_table, branch)
     sizes = [width * transform.right.shape[-1] for width in transform.widths]
-    pairs = [
-        quantize_weight(part, search=config.clip_search) for part in transformed.split(sizes, 1)
-    ]
+    parts = transformed.split(sizes, 1)
+    pairs = [quantize_weight(part, search=config.clip_search) for part in parts]
+    if hessian is not None:
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        blocks = [hessian[a : a + n, a : a + n] for a, n in zip(starts, sizes, strict=True)]
+        pairs = [
+            (gptq(part, scale, block, config.gptq_damping), scale)
+            for part, (_, scale), block in zip(parts, pairs, blocks, strict=True)
+        ]
     return PackedLinear(
         pack_int4(torch.cat([codes for codes, _ in pairs], 1)),
         torch.stack([scale for _, scale in pairs]),
         bias_table,
-        None if branch_weight is None else branch_weight.to(torch.bfloat16),
+        None if branch_weight is None else branch_weight.to(torch.bfloat16).contiguous(),
     )
 
 
@@ -263,7 +291,7 @@ def orthogonal_transform(num_features: int, config: QuantConfig) -> GroupTransfo
         right=torch.stack([orthogonal(d2) for _ in range(num_slices)]),
         clip=torch.full((num_rows,), DATA_FREE_CLIP if config.activation_bits == 4 else 1.0),
         shift=torch.zeros(num_rows, num_features) if shifted else None,
-        lowrank=orthogonal(num_features, rank) if plan == "branch" else None,
+        lowrank=orthogonal(num_features, rank).bfloat16() if plan == "branch" else None,
         widths=(d1,) * num_slices,
         slice_of_type=(*range(num_types), 0) if num_slices > 1 else (0,) * num_rows,
     )

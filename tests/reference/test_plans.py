@@ -146,7 +146,8 @@ def test_counter_transforms_cancel(plan: str, num_features: int, num_types: int,
                 mine = (torch.arange(t.lowrank.shape[1]) // t.own_rank == index).float()
             columns = t.lowrank * mine
             assert not torch.allclose(product, torch.eye(num_features), atol=1e-2)
-            product = product + columns @ columns.t()
+            along = activation_matrix(t, index, branch=False) @ columns
+            product = product + along @ (columns.t() @ q)
         assert torch.allclose(product, torch.eye(num_features), atol=1e-5)
 
 
@@ -187,7 +188,9 @@ def test_rounded_linear_is_within_its_bound(
     if t.lowrank is not None:
         # Both 16-bit operands of the branch are rounded to 8 bits of mantissa.
         assert exact.branch_weight is not None
-        coefficients = (x - t.shift[types]).abs() @ t.lowrank.abs()  # type: ignore[index]
+        whole = (t.shift, t.channel_scale, t.left, t.right, None)
+        u = transform(x, types, *whole, t.widths, t.slice_of_type, 0, 0)[0]
+        coefficients = u.abs() @ t.lowrank.abs()
         bound += 2**-7 * coefficients @ exact.branch_weight.abs()
     got = linear(t, rounded, x, types, qmax=config.qmax)
     want = linear(t, exact, x, types, qmax=0)
