@@ -20,12 +20,25 @@ from calibrated import DLLM_CONFIG, dllm_checkpoint
 from evaluation import denoise_step, mask_tokens, text_windows
 from measure import RESULTS, append_result, environment, time_interleaved
 from presentation import working
-from small_models import CACHE, load_masked_diffusion
+from small_models import CACHE, MASK_TOKEN, load_masked_diffusion
+from torch import Tensor
 
 import freeact_fx
 
 REQUIRED_SPEEDUP = 1.5
 LENGTH = 512
+
+
+def types_of(ids: Tensor) -> Tensor:
+    """What the pass has to find by itself: unmasked 0, masked 1, first 2."""
+    types = (ids == MASK_TOKEN).long()
+    types[:, 0] = DLLM_CONFIG.sink_index
+    return types
+
+
+def same_token(logits: Tensor, expected: Tensor) -> float:
+    """Share of positions at which the most probable token is the expected one."""
+    return (logits.argmax(-1) == expected).float().mean().item()
 
 
 def main() -> None:
@@ -53,11 +66,14 @@ def main() -> None:
         for name, model in models.items():
             with working(f"compiling {name}"):
                 model(state)
-        # What a rounding decided the other way does grows through 30 layers; still far from noise.
-        expected = calibrated(state).log_softmax(-1)
-        actual = models["W4A4 calibrated"](state).log_softmax(-1)
-        agreement = (actual.argmax(-1) == expected.argmax(-1)).float().mean().item()
-        assert agreement > 0.9, f"compiled and eager W4A4 choose the same token at {agreement:.0%}"
+        # Sums in another order turn a code here and there, and after a few layers compiled and eager
+        # are two draws of the same rounding noise. So they are held against float, not each other.
+        expected = models["fp32"](state).argmax(-1)
+        with freeact_fx.token_types(types_of(state)):
+            reference = same_token(calibrated(state), expected)
+        compiled = same_token(models["W4A4 calibrated"](state), expected)
+    print(f"same token as float: {compiled:.3f} compiled, {reference:.3f} in eager (the reference)")
+    assert abs(compiled - reference) < 0.05, "the compiled model differs from the reference"
 
     timings = time_interleaved(
         {name: lambda m=model: denoise_step(m, state, 4) for name, model in models.items()},
@@ -75,7 +91,7 @@ def main() -> None:
             num_tokens=LENGTH,
             timings={n: vars(t) for n, t in timings.items()},
             speedup_over_fp32=speedup,
-            same_token_as_eager=agreement,
+            same_token_as_float={"compiled": compiled, "reference": reference},
         )
     if args.check and measured < REQUIRED_SPEEDUP:
         sys.exit(1)
