@@ -50,7 +50,7 @@ class FreeActLinear(_FixedDtype):
     """
 
     def __init__(
-        self, transform: GroupTransformModule, packed: PackedLinear, config: QuantConfig, name: str
+        self, transform: GroupTransformModule, packed: PackedLinear, config: QuantConfig
     ) -> None:
         super().__init__()
         self.transform = transform
@@ -63,8 +63,6 @@ class FreeActLinear(_FixedDtype):
         self.qmax = config.qmax
         self.types = config.types_json
         self.type_names = config.type_names
-        self.name = name
-        self._warned = False
 
     def forward(self, x: Tensor) -> Tensor:
         types = None if torch.compiler.is_compiling() else self._eager_types(x)
@@ -95,13 +93,13 @@ class FreeActLinear(_FixedDtype):
         if types is not None and tuple(types.shape) == tuple(x.shape[:-1]):
             check_type_range(types, self.type_names)
             return torch.where(types >= 0, types, 0).to(x.device)
-        if len(self.type_names) > 1 and not self._warned:
-            self._warned = True
+        if len(self.type_names) > 1:
+            # One text and one place for all Linears: Python shows it once.
             warnings.warn(
-                f"freeact: {self.name} runs in eager mode without token types; it uses the default type "
-                f"{self.type_names[0]!r}. Compile the model with backend='freeact', or call it inside "
-                f"freeact_fx.token_types(types).",
-                stacklevel=4,
+                "freeact: converted Linears run in eager mode without token types; they use the default "
+                f"type {self.type_names[0]!r}. Compile the model with backend='freeact', or call it inside "
+                "freeact_fx.token_types(types).",
+                stacklevel=1,
             )
         return None
 
@@ -171,7 +169,7 @@ def convert(model: nn.Module, source: Checkpoint | QuantConfig | None = None) ->
         if key not in transforms:
             transforms[key] = GroupTransformModule(transform)
         packed = pack_linear(transform, weight, bias, config)
-        _replace(model, name, FreeActLinear(transforms[key], packed, config, name))
+        _replace(model, name, FreeActLinear(transforms[key], packed, config))
     return left
 
 
@@ -202,7 +200,7 @@ def _convert_from(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
         # Copies: load_state_dict writes into buffers, and must not write into the checkpoint.
         operands = {n: t.to(device, copy=True) for n, t in entry.packed.tensors().items()}
         packed = PackedLinear(**operands)
-        linear = FreeActLinear(groups[entry.group], packed, checkpoint.config, name)
+        linear = FreeActLinear(groups[entry.group], packed, checkpoint.config)
         _replace(model, name, linear)
     return {
         name: "not in the checkpoint"

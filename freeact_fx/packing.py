@@ -34,8 +34,8 @@ def _state(tensor: Tensor | None) -> tuple[Any, ...] | None:
     version = 0 if tensor.is_inference() else tensor._version
     probe = None
     if tensor.device.type == "cpu":
-        probe = tensor.detach()[tuple(slice(None, None, -(-n // 8)) for n in tensor.shape)]
-        probe = float(probe.sum(dtype=torch.float64))
+        few = tensor.detach()[tuple(slice(None, None, -(-n // 8)) for n in tensor.shape)]
+        probe = float(few.sum(dtype=torch.float64))
     return (id(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.device, probe)
 
 
