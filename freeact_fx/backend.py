@@ -66,7 +66,8 @@ def quantise_graph(
     packer = Packer(config, chosen.checkpoint)
 
     # Which Linears there are, and which may be quantised.
-    gm = detect_linears(gm, inputs=inputs, config=config)
+    paths = compat.module_paths(example_inputs)
+    gm = detect_linears(gm, inputs=inputs, config=config, paths=paths)
     # Which tokens they see; facts only, so that a rule never meets a half-edited graph.
     gm = annotate_token_types(gm, inputs=inputs, config=config)
     if chosen.dry_run:
@@ -102,7 +103,8 @@ def observe_graph(
     """
     gm = compat.copy_of_graph(gm)
     inputs = dict(zip(_placeholders(gm), example_inputs, strict=True))
-    gm = detect_linears(gm, inputs=inputs, config=config)
+    paths = compat.module_paths(example_inputs)
+    gm = detect_linears(gm, inputs=inputs, config=config, paths=paths)
     gm = annotate_token_types(gm, inputs=inputs, config=config)
 
     def of_group(linears: list[LinearFact]) -> Callable[..., None]:

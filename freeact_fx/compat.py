@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.eval_frame import OptimizedModule
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import register_decomposition
 from torch.fx import GraphModule, Node
+
+from .report_log import paths_of
 
 __all__ = ["compile_with_inductor", "mode_options", "register_decomposition", "traced_module"]
 
@@ -127,6 +131,26 @@ def traced_module() -> torch.nn.Module | None:
         return None
     module = scope.get("self")
     return module if isinstance(module, torch.nn.Module) else None
+
+
+def module_paths(tensors: Iterable[Any]) -> dict[int, str]:
+    """The module path of each parameter or buffer by its id, in the outermost module that is being called.
+
+    After a graph break Dynamo names things from the frame it goes on in: ``qkv``, not ``visual.blocks.0.attn.qkv``.
+    """
+    wanted = {id(t) for t in tensors if isinstance(t, torch.Tensor)}
+    callers = []
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_varnames[:1] == ("self",):
+            callers.append(frame.f_locals.get("self"))
+        frame = frame.f_back
+    for module in [*reversed(callers), traced_module()]:
+        if isinstance(module, torch.nn.Module) and not isinstance(module, OptimizedModule):
+            paths = {key: names[0] for key, names in paths_of(module).items() if key in wanted}
+            if paths:
+                return paths
+    return {}
 
 
 def copy_of_graph(gm: GraphModule) -> GraphModule:

@@ -146,35 +146,43 @@ def logged() -> list[GraphRecord]:
     return list(_log)
 
 
+def paths_of(model: nn.Module) -> dict[int, list[str]]:
+    """Paths of the modules that hold each parameter or buffer, by its id; of a tied one, those of Linears only."""
+    paths: dict[int, list[str]] = {}
+    tables: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        found = tables if isinstance(module, nn.Embedding) else paths
+        for own in [*module._parameters.values(), *module._buffers.values()]:
+            if own is not None:
+                found.setdefault(id(own), []).append(name)
+    return {**tables, **paths}
+
+
 def model_report(model: nn.Module, graphs: list[GraphRecord]) -> Report:
     """One row per Linear of the model, in model order; a Linear in several graphs is listed once.
 
     Weights are matched by identity, so the names are the model's whatever frame Dynamo saw them in.
     """
-    names: dict[int, str] = {}
-    for name, own in [*model.named_parameters(), *model.named_buffers()]:
-        names.setdefault(id(own), name.rpartition(".")[0])
+    paths = paths_of(model)
     rows: dict[str, LinearReport] = {}
-    aliases: dict[str, str] = {}
     type_names: tuple[str, ...] = ()
     used = 0
     for graph in graphs:
         # A weight that is gone belonged to another model, or to this one before it was changed.
         alive = [(row, None if weight is None else weight()) for row, weight in graph.linears]
-        mine = [(row, tensor) for row, tensor in alive if id(tensor) in names]
+        mine = [(row, paths[id(tensor)]) for row, tensor in alive if id(tensor) in paths]
         if not mine and any(weight is not None for _, weight in graph.linears):
             continue
-        mine += [(row, None) for row, weight in graph.linears if weight is None]
-        for row, tensor in mine:
-            name = row.name if tensor is None else names[id(tensor)]
-            aliases[row.name] = name
-            seen = rows[name].graphs if name in rows else 0
-            rows[name] = replace(row, name=name, graphs=seen + 1)
+        mine += [(row, [row.name]) for row, weight in graph.linears if weight is None]
+        aliases = {row.name: names for row, names in mine}
+        for row, names in mine:
+            group = tuple(n for member in row.group for n in aliases.get(member, [member]))
+            for name in names:
+                seen = rows[name].graphs if name in rows else 0
+                rows[name] = replace(row, name=name, group=group, graphs=seen + 1)
         if mine:
             used += 1
             type_names = graph.type_names
-    for row in rows.values():
-        row.group = tuple(aliases.get(n, n) for n in row.group)
     ordered: list[LinearReport] = []
     for name, module in model.named_modules():
         if name in rows:

@@ -91,7 +91,7 @@ def annotate_token_types(
             if config.sink is not None and any(r.sink_known for r in roots_of(fact.expr)):
                 claims.append("first position")
             linear.state = "typed" if claims else "default"
-            linear.type_source = "; ".join(claims) or _default_source(fact.expr, config)
+            linear.type_source = _source(claims, fact.expr, config)
         elif isinstance(fact, (TokenFact, Lost)):
             linear.state = "refused"
             linear.type_source = (
@@ -103,11 +103,12 @@ def annotate_token_types(
     return gm
 
 
-def _default_source(expr: TypeExpr, config: QuantConfig) -> str:
-    name = config.type_names[0]
-    if all(root.is_ids for root in roots_of(expr)):
-        return f"default: {name}"
-    return f"default: {name}, unless token_types() or an earlier graph says otherwise"
+def _source(claims: list[str], expr: TypeExpr, config: QuantConfig) -> str:
+    if not claims:
+        claims = [f"default: {config.type_names[0]}"]
+    if not all(root.is_ids for root in roots_of(expr)):
+        claims = [*claims, "otherwise as token_types() or an earlier graph says"]
+    return "; ".join(claims)
 
 
 def describe(expr: TypeExpr, token_types: TokenTypes) -> list[str]:

@@ -8,6 +8,7 @@ that stays as it is has a ``refusal``. Whether it belongs to a vision tower is f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -33,11 +34,21 @@ LINEAR_ARGUMENTS = tuple(
 )
 
 
-def detect_linears(gm: GraphModule, *, inputs: dict[Node, Any], config: QuantConfig) -> GraphModule:
-    """Hang a ``LinearFact`` on every Linear node; ``inputs`` maps placeholders to the values they were given."""
+def detect_linears(
+    gm: GraphModule,
+    *,
+    inputs: dict[Node, Any],
+    config: QuantConfig,
+    paths: Mapping[int, str] | None = None,
+) -> GraphModule:
+    """Hang a ``LinearFact`` on every Linear node.
+
+    inputs  the values that placeholders were given
+    paths   module path of a parameter by its id, where it is known better than the graph tells
+    """
     tables = _embedding_tables(gm, inputs)
     for node in gm.graph.nodes:
-        fact = _linear_fact(gm, node, inputs)
+        fact = _linear_fact(gm, node, inputs, paths or {})
         if fact is None:
             continue
         if not fact.converted:
@@ -65,31 +76,32 @@ def _is_table(node: Node) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _linear_fact(gm: GraphModule, node: Node, inputs: dict[Node, Any]) -> LinearFact | None:
+def _linear_fact(
+    gm: GraphModule, node: Node, inputs: dict[Node, Any], paths: Mapping[int, str]
+) -> LinearFact | None:
     if node.op not in ("call_function", "call_method"):
         return None
     if node.target is torch.ops.freeact.linear.default:
         operands = dict(zip(LINEAR_ARGUMENTS, node.args, strict=False)) | node.kwargs
         x, weight = operands["x"], operands["weight"]
         num_outputs, num_features = value_of(weight).shape[0], value_of(x).shape[-1]
-        return LinearFact(
-            _module_name(node, weight), num_features, num_outputs, x, weight, operands=operands
-        )
-    name = op_name(node)
+        name = _module_name(node, weight, tensor_of(gm, weight, inputs), paths)
+        return LinearFact(name, num_features, num_outputs, x, weight, operands=operands)
+    op = op_name(node)
     bias: Any = None
     transposed = True
-    if name == "linear":
+    if op == "linear":
         x, weight, bias = _arguments(node, ("input", "weight", "bias"))
         transposed = False
-    elif name == "addmm":
+    elif op == "addmm":
         bias, x, weight = _arguments(node, ("input", "mat1", "mat2"))
-    elif name in ("mm", "matmul"):
+    elif op in ("mm", "matmul"):
         x, weight, _ = _arguments(node, ("input", "mat2", ""))
     else:
         return None
     if (
         isinstance(weight, Node)
-        and name != "linear"
+        and op != "linear"
         and op_name(weight) in ("t", "transpose", "permute")
     ):
         if op_name(weight) != "t" and value_of(weight).dim() != 2:
@@ -99,15 +111,14 @@ def _linear_fact(gm: GraphModule, node: Node, inputs: dict[Node, Any]) -> Linear
         return None
     shape = getattr(value_of(weight), "shape", ())
     is_parameter = _is_parameter(gm, weight, inputs)
-    if name != "linear" and (len(shape) != 2 or not is_parameter):
+    if op != "linear" and (len(shape) != 2 or not is_parameter):
         return None  # an ordinary matrix product
     if len(shape) != 2:
         return None
     num_outputs, num_features = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
     bias = bias if isinstance(bias, Node) else None
-    return LinearFact(
-        _module_name(node, weight), num_features, num_outputs, x, weight, bias, transposed
-    )
+    name = _module_name(node, weight, tensor_of(gm, weight, inputs), paths)
+    return LinearFact(name, num_features, num_outputs, x, weight, bias, transposed)
 
 
 def _arguments(node: Node, names: tuple[str, ...]) -> tuple[Any, ...]:
@@ -128,7 +139,9 @@ def _is_parameter(gm: GraphModule, node: Node, inputs: dict[Node, Any]) -> bool:
     )
 
 
-def _module_name(node: Node, weight: Node) -> str:
+def _module_name(node: Node, weight: Node, tensor: Tensor | None, paths: Mapping[int, str]) -> str:
+    if tensor is not None and id(tensor) in paths:
+        return paths[id(tensor)]
     if weight.op in ("placeholder", "get_attr"):
         return qualified_name(weight).rpartition(".")[0] or qualified_name(weight)
     stack = node.meta.get("nn_module_stack")
