@@ -71,6 +71,7 @@ def quantise_graph(
     # Which tokens they see; facts only, so that a rule never meets a half-edited graph.
     gm = annotate_token_types(gm, inputs=inputs, config=config)
     if chosen.dry_run:
+        compat.guard_identity(gm)
         record(GraphRecord.of(gm, inputs, config, packer))
         return gm.forward
     # The one edit: one transform per group, one integer product per Linear, epilogues as plain pointwise nodes.
@@ -101,6 +102,7 @@ def observe_graph(
     observer  gives the function that takes each activation and its types, for the Linears (with their dense weight
               and bias) that read it
     """
+    compat.guard_identity(gm)
     gm = compat.copy_of_graph(gm)
     inputs = dict(zip(_placeholders(gm), example_inputs, strict=True))
     paths = compat.module_paths(example_inputs)

@@ -153,6 +153,22 @@ def module_paths(tensors: Iterable[Any]) -> dict[int, str]:
     return {}
 
 
+def guard_identity(gm: GraphModule) -> None:
+    """Compile a graph anew for every set of parameters.
+
+    Dynamo reuses a graph for all modules of one class (the layers behind a graph break). A report or a calibration
+    is about each of them.
+    """
+    from torch._dynamo.guards import GuardBuilder, install_guard
+
+    from .passes.roots import is_own
+
+    for node in gm.graph.nodes:
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        if source is not None and is_own(node):
+            install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+
+
 def copy_of_graph(gm: GraphModule) -> GraphModule:
     """A copy that the passes may edit: Dynamo goes on reading its own graph, and may call a backend twice for it."""
     graph = torch.fx.Graph()
