@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from . import compat
+from .bindings import Bindings, LinearPlace
 from .codegen import lowering
 from .config import QuantConfig
 from .errors import ConfigError, UnsupportedLinear
@@ -29,7 +30,8 @@ from .passes.editor import TrailingInputs
 from .passes.insert import TRAILING_KEY, LinearOperands, insert_freeact_ops, insert_observers
 from .passes.node_facts import LinearFact, facts_of, tensor_of, value_of
 from .report_log import GraphRecord, record
-from .runner import DenseLinear, Runner
+from .runner import Runner
+from .transform import GroupTransform
 
 
 def freeact(
@@ -52,15 +54,17 @@ def freeact(
             else compat.plain_inductor(gm, example_inputs, chosen.inductor)
         )
     check_inference(compat.traced_module())
-    gm = compat.copy_of_graph(gm)
-    inputs = dict(zip(_placeholders(gm), example_inputs, strict=True))
-    return quantise_graph(gm, inputs, example_inputs, chosen)
+    return quantise_graph(compat.copy_of_graph(gm), example_inputs, chosen, gm.forward)
 
 
 def quantise_graph(
-    gm: GraphModule, inputs: dict[Node, Any], example_inputs: Sequence[Any], chosen: Options
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    chosen: Options,
+    original: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """The passes, then the compiler."""
+    """The passes, then the compiler. ``gm`` is edited; ``original`` runs it as it was."""
+    inputs = dict(zip(_placeholders(gm), example_inputs, strict=True))
     # A converted Linear says which types it was made for; detect needs no more than the options.
     config = chosen.config_for(gm)
     packer = Packer(config, chosen.checkpoint)
@@ -73,7 +77,7 @@ def quantise_graph(
     if chosen.dry_run:
         compat.guard_identity(gm)
         record(GraphRecord.of(gm, inputs, config, packer))
-        return gm.forward
+        return original
     # The one edit: one transform per group, one integer product per Linear, epilogues as plain pointwise nodes.
     gm = insert_freeact_ops(
         gm, inputs=inputs, config=config, operands=_operands_of(gm, inputs, packer)
@@ -87,8 +91,12 @@ def quantise_graph(
     placeholders = _placeholders(gm)
     added = [value_of(node) for node in placeholders[len(example_inputs) :]]
     compiled = _compile(gm, [*example_inputs, *added], chosen, config.digest)
-    dense = [_dense(linear, placeholders, gm, inputs) for linear in trailing.dense]
-    return Runner(compiled, trailing, dense, packer, config, _label(gm))
+    places = [
+        _place(linear, placeholders, gm, inputs, trailing.transforms.get(index))
+        for index, linear in enumerate(facts_of(gm))
+    ]
+    bindings = Bindings(places, report, packer, config, compat.module_paths)
+    return Runner(compiled, original, trailing, bindings, config, _label(gm))
 
 
 def observe_graph(
@@ -114,7 +122,8 @@ def observe_graph(
         return observer([(f, *p) for f, p in zip(linears, parameters, strict=True)])
 
     gm = insert_observers(gm, inputs=inputs, config=config, observer=of_group)
-    return Runner(gm.forward, gm.meta[TRAILING_KEY], [], Packer(config, None), config, _label(gm))
+    bindings = Bindings([], GraphRecord([], ()), Packer(config, None), config, compat.module_paths)
+    return Runner(gm.forward, gm.forward, gm.meta[TRAILING_KEY], bindings, config, _label(gm))
 
 
 def _compile(
@@ -149,17 +158,19 @@ def _parameters(
     return weight, None if linear.bias is None else tensor_of(gm, linear.bias, inputs)
 
 
-def _dense(
-    linear: LinearFact, placeholders: list[Node], gm: GraphModule, inputs: dict[Node, Any]
-) -> DenseLinear:
-    def locate(node: Node | None) -> int | Tensor | None:
-        if node is None:
-            return None
-        return placeholders.index(node) if node.op == "placeholder" else tensor_of(gm, node, inputs)
+def _place(
+    linear: LinearFact,
+    placeholders: list[Node],
+    gm: GraphModule,
+    inputs: dict[Node, Any],
+    transform: GroupTransform | None,
+) -> LinearPlace:
+    def locate(node: Node | None) -> Any:
+        if node is None or node.op != "placeholder":
+            return None if node is None else tensor_of(gm, node, inputs)
+        return placeholders.index(node)
 
-    weight = locate(linear.weight)
-    assert weight is not None
-    return DenseLinear(linear.name, weight, locate(linear.bias), linear.transposed)
+    return LinearPlace(locate(linear.weight), locate(linear.bias), linear.transposed, transform)
 
 
 def _label(gm: GraphModule) -> str:

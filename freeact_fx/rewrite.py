@@ -78,9 +78,7 @@ def rewrite(
     given |= {"compiler": "eager"} | ({"checkpoint": checkpoint} if checkpoint else {})
     chosen = Options.parse(None, given)
     gm = functional_form(graph_module, example_inputs)
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    inputs = dict(zip(placeholders, example_inputs, strict=True))
     with report_log.collected() as graphs:
-        runner = quantise_graph(gm, inputs, example_inputs, chosen)
+        runner = quantise_graph(gm, example_inputs, chosen, graph_module.forward)
     assert isinstance(runner, Runner)
     return RewrittenModule(gm, runner, report_log.model_report(graph_module, graphs))

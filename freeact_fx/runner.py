@@ -16,30 +16,15 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .bindings import Bindings
 from .config import QuantConfig
 from .errors import ConfigError
-from .packing import Packer
 from .token_types import TokenTypes, check_type_range, explicit_types
 
 # Hidden states that left a graph -> (their version, the types of their tokens).
 _recorded: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # Type tensors whose numbers are known to be in range: checking waits for the device, so it is done once.
 _checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-@dataclass(frozen=True)
-class DenseLinear:
-    """Where a dense Linear's parameters are among the arguments."""
-
-    name: str
-    weight: int | Tensor
-    bias: int | Tensor | None
-    transposed: bool
-
-    def parameters(self, args: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
-        weight = args[self.weight] if isinstance(self.weight, int) else self.weight
-        bias = args[self.bias] if isinstance(self.bias, int) else self.bias
-        return weight, bias
 
 
 class _Root(Protocol):
@@ -62,31 +47,29 @@ class Runner:
     """Callable with the original arguments; returns the original outputs."""
 
     compiled: Callable[..., Any]
+    original: Callable[..., Any]
     trailing: _Trailing
-    dense: list[DenseLinear]
-    packer: Packer
+    bindings: Bindings
     config: QuantConfig
     label: str
     _warned: bool = field(default=False, init=False)
 
     def __call__(self, *args: Any) -> Any:
-        packed = [
-            self.packer.pack(d.name, *d.parameters(args), transposed=d.transposed)
-            for d in self.dense
-        ]
+        binding = self.bindings.of(args)
+        if binding.problem is not None:
+            with torch.no_grad():
+                return self.original(*args)
+        operands = self.bindings.pack(binding, args)
         extra: list[Any] = []
-        for feed in self.trailing.feeds:
-            if feed[0] == "tensor":
-                extra.append(feed[1])
-            elif feed[0] == "packed":
-                _, index, name = feed
-                found = packed[index]
-                if isinstance(found, str):
-                    raise ConfigError(f"{self.dense[index].name}: {found}.")
-                extra.append(getattr(found[1], name))
+        for kind, what, *name in self.trailing.feeds:
+            if kind in ("transform", "packed"):
+                found = operands[what]
+                if not isinstance(found, tuple):
+                    raise ConfigError(f"{binding.names[what]}: {found}.")
+                extra.append(getattr(found[kind == "packed"], name[0]))
             else:
-                make = self._explicit if feed[0] == "explicit" else self._recorded
-                extra.append(make(feed[1], args))
+                make = self._explicit if kind == "explicit" else self._recorded
+                extra.append(make(what, args))
         with torch.no_grad():
             outputs = self.compiled(*args, *extra)
         if not self.trailing.recorded:

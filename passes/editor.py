@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from freeact_fx.config import QuantConfig
+from freeact_fx.transform import GroupTransform
 
-from .node_facts import LinearFact, set_value, value_of
+from .node_facts import set_value, value_of
 from .sizes import SizeReader
 
 aten = torch.ops.aten
@@ -45,16 +46,16 @@ class RootInput:
 class TrailingInputs:
     """What to feed the placeholders that were added, in order.
 
-    feeds         ("tensor", tensor) | ("packed", Linear's position in ``dense``, field)
-                  | ("explicit", ``RootInput``) | ("recorded", ``RootInput``)
-    dense         the dense Linears that were replaced
+    feeds         ("transform" or "packed", the Linear's position in ``facts_of(gm)``, field of its transform or
+                  packed weight) | ("explicit" or "recorded", ``RootInput``)
+    transforms    of the dense Linears that were replaced, by that position
     roots         where tokens come in
     recorded      for each added output: position of the original output whose types it holds
     num_outputs   outputs the graph had before
     """
 
     feeds: list[tuple[Any, ...]] = field(default_factory=list)
-    dense: list[LinearFact] = field(default_factory=list)
+    transforms: dict[int, GroupTransform] = field(default_factory=dict)
     roots: list[RootInput] = field(default_factory=list)
     recorded: list[int] = field(default_factory=list)
     num_outputs: int = 0
@@ -100,14 +101,14 @@ class Editor:
         set_value(node, value)
         node._dynamo_source = None  # type: ignore[attr-defined]
         node.meta["tensor_dict"] = {}
-        if feed[0] in ("tensor", "packed"):
+        if feed[0] in ("transform", "packed"):
             node.meta["tensor_dict"]["_dynamo_static_input_type"] = "unguarded"
         self.trailing.feeds.append(feed)
         return node
 
-    def tensor_input(self, name: str, tensor: Tensor, feed: tuple[Any, ...] | None = None) -> Node:
+    def tensor_input(self, name: str, tensor: Tensor, feed: tuple[Any, ...]) -> Node:
         """A trailing placeholder for a tensor of ours; one per tensor."""
         if id(tensor) not in self._tensors:
             fake = self.fake_mode.from_tensor(tensor, static_shapes=True)
-            self._tensors[id(tensor)] = self.placeholder(name, fake, feed or ("tensor", tensor))
+            self._tensors[id(tensor)] = self.placeholder(name, fake, feed)
         return self._tensors[id(tensor)]

@@ -27,7 +27,7 @@ from freeact_fx.reference import slice_of_token
 from freeact_fx.transform import GroupTransform, PackedLinear
 
 from .editor import KEPT_META, Editor, aten
-from .node_facts import TOKENS_KEY, LinearFact, TokenFact, linears_of, set_value, value_of
+from .node_facts import TOKENS_KEY, LinearFact, TokenFact, facts_of, linears_of, set_value, value_of
 from .type_tensors import TypeTensors
 
 freeact = torch.ops.freeact
@@ -92,11 +92,11 @@ _LINEAR_OPERANDS = ("weight", "weight_scale", "bias_table", "branch_weight")
 
 def _dense_operands(editor: Editor, linear: LinearFact, found: LinearOperands) -> dict[str, Any]:
     transform, packed = found.transform, found.packed
-    index = len(editor.trailing.dense)
-    editor.trailing.dense.append(linear)
+    index = facts_of(editor.gm).index(linear)
+    editor.trailing.transforms[index] = transform
     values: dict[str, Any] = dict.fromkeys((*_GROUP_OPERANDS, *_LINEAR_OPERANDS))
     for name, tensor in transform.tensors().items():
-        values[name] = editor.tensor_input(name, tensor)
+        values[name] = editor.tensor_input(name, tensor, ("transform", index, name))
     for name, tensor in packed.tensors().items():
         values[name] = editor.tensor_input(name, tensor, ("packed", index, name))
     return values | {

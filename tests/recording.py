@@ -117,34 +117,33 @@ class Recorder:
         module = runner.compiled.__self__  # type: ignore[attr-defined]
         graph = Graph(module, runner, facts_of(module))
         self.graphs.append(graph)
-        names = self._names(graph, example_inputs)
+        num_inputs = len(example_inputs)
 
         def run(*args: Any) -> Any:
             graph.num_calls += 1
-            return _Reader(module, names, self.seen).run(*args)
+            return _Reader(module, self._names(graph, args, num_inputs), self.seen).run(*args)
 
         runner.compiled = run
         return runner
 
-    def _names(self, graph: Graph, example_inputs: Sequence[Any]) -> dict[Node, str]:
+    def _names(self, graph: Graph, args: Sequence[Any], num_inputs: int) -> dict[Node, str]:
+        """Which Linear each product is in this call: a graph may serve several layers."""
         own = {
             id(p): name.rpartition(".")[0]
             for name, p in [*self.model.named_parameters(), *self.model.named_buffers()]
         }
         placeholders = [n for n in graph.module.graph.nodes if n.op == "placeholder"]
-        extra = placeholders[len(example_inputs) :]
         names: dict[Node, str] = {}
         for node in graph.module.graph.nodes:
             if _transform_of(node) is None:
                 continue
-            weight = node.args[1]
-            if weight in extra:  # dense: fed with a packed copy
-                _, index, _ = graph.runner.trailing.feeds[extra.index(weight)]
-                dense = graph.runner.dense[index]
-                parameter, _ = dense.parameters(example_inputs)
-                names[node] = own.get(id(parameter), dense.name)
+            at = placeholders.index(node.args[1])
+            if at >= num_inputs:  # dense: fed with a packed copy
+                _, index, _ = graph.runner.trailing.feeds[at - num_inputs]
+                weight, _ = graph.runner.bindings.places[index].parameters(args)
             else:
-                names[node] = own[id(example_inputs[placeholders.index(weight)])]
+                weight = args[at]
+            names[node] = own[id(weight)]
         return names
 
     # ------------------------------------------------------------------ what was seen

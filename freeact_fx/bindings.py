@@ -1,0 +1,153 @@
+"""Whose weights a compiled graph is called with.
+
+Dynamo compiles the forward of a layer class once and calls the graph with each layer's parameters (if a graph break
+keeps the layers apart, or each is compiled by itself). So a graph is bound anew for every set of weights it meets:
+names, transforms and packed weights are those of the layer that is running. Where another layer cannot use the graph
+(its plan has other shapes, or it was skipped by name), that layer runs the graph as it was before the passes.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from .config import QuantConfig
+from .eligibility import matches
+from .packing import Packer
+from .report_log import GraphRecord, record
+from .transform import GroupTransform, PackedLinear
+
+
+@dataclass(frozen=True)
+class LinearPlace:
+    """Where a Linear's parameters are among the arguments of a graph (or the parameters themselves).
+
+    transform  what the graph was built for, if it is a dense Linear that was replaced
+    """
+
+    weight: int | Tensor | None
+    bias: int | Tensor | None
+    transposed: bool
+    transform: GroupTransform | None
+
+    def parameters(self, args: Sequence[Any]) -> tuple[Any, Tensor | None]:
+        weight = args[self.weight] if isinstance(self.weight, int) else self.weight
+        bias = args[self.bias] if isinstance(self.bias, int) else self.bias
+        return weight, bias
+
+
+@dataclass
+class Binding:
+    """One set of weights: their names, and why they cannot run here, or None."""
+
+    weights: list[weakref.ref[Tensor] | None]
+    names: list[str]
+    problem: str | None = None
+
+    def is_of(self, weights: Sequence[Tensor]) -> bool:
+        return all(
+            ref is None or ref() is weight
+            for ref, weight in zip(self.weights, weights, strict=True)
+        )
+
+
+@dataclass
+class Bindings:
+    """The sets of weights that one graph has met.
+
+    places    all Linears of the graph, replaced or not, in the order of ``report``
+    paths_of  module paths of tensors by id, in the model that is being called
+    """
+
+    places: list[LinearPlace]
+    report: GraphRecord
+    packer: Packer
+    config: QuantConfig
+    paths_of: Callable[[Sequence[Tensor]], dict[int, str]]
+    _known: dict[tuple[int, ...], Binding] = field(default_factory=dict, init=False)
+
+    def of(self, args: Sequence[Any]) -> Binding:
+        weights = [place.parameters(args)[0] for place in self.places]
+        key = tuple(map(id, weights))
+        binding = self._known.get(key)
+        if binding is None or not binding.is_of(weights):
+            binding = self._known[key] = self._bind(weights, args)
+        return binding
+
+    def pack(
+        self, binding: Binding, args: Sequence[Any]
+    ) -> list[tuple[GroupTransform, PackedLinear] | str | None]:
+        """Transform and packed weight of every dense Linear that was replaced, or why there are none."""
+        return [
+            None
+            if place.transform is None
+            else self.packer.pack(name, *place.parameters(args), transposed=place.transposed)
+            for place, name in zip(self.places, binding.names, strict=True)
+        ]
+
+    def _bind(self, weights: list[Tensor], args: Sequence[Any]) -> Binding:
+        refs = [None if weight is None else weakref.ref(weight) for weight in weights]
+        compiled_for = [ref and ref() for _, ref in self.report.linears]
+        rows = [row for row, _ in self.report.linears]
+        if all(a is b for a, b in zip(weights, compiled_for, strict=True)):
+            return Binding(refs, [row.name for row in rows])
+        paths = self.paths_of(weights)
+        names = [paths.get(id(w), row.name) for w, row in zip(weights, rows, strict=True)]
+        binding = Binding(refs, names)
+        binding.problem = self._problem(binding, args)
+        renamed = dict(zip((row.name for row in rows), names, strict=True))
+        record(
+            GraphRecord(
+                [
+                    (
+                        replace(
+                            row,
+                            name=renamed[row.name],
+                            group=tuple(renamed[member] for member in row.group),
+                            reason=row.reason or binding.problem,
+                        ),
+                        ref,
+                    )
+                    for row, ref in zip(rows, refs, strict=True)
+                ],
+                self.report.type_names,
+            )
+        )
+        if binding.problem is not None:
+            warnings.warn(
+                f"freeact: {names[0]} shares a compiled graph with {rows[0].name} and cannot run in it: "
+                f"{binding.problem}. It stays as it was; freeact_fx.convert(model, checkpoint) does not have "
+                f"this limit.",
+                stacklevel=4,
+            )
+        return binding
+
+    def _problem(self, binding: Binding, args: Sequence[Any]) -> str | None:
+        """Why these weights cannot run in this graph, or None."""
+        own: dict[int, GroupTransform] = {}
+        for place, name, found in zip(
+            self.places, binding.names, self.pack(binding, args), strict=True
+        ):
+            if place.transform is None or found is None:
+                continue
+            if isinstance(found, str):
+                return f"{name}: {found}"
+            if matches(name, self.config.skip) and not matches(name, self.config.include):
+                return f"{name}: listed in QuantConfig.skip {list(self.config.skip)}"
+            transform = found[0]
+            if _structure(transform) != _structure(place.transform):
+                return f"{name}: the graph was made for plan {place.transform.plan}, not {transform.plan}"
+            if own.setdefault(id(place.transform), transform) is not transform:
+                return f"{name}: its group is another one"
+        return None
+
+
+def _structure(transform: GroupTransform) -> tuple[Any, ...]:
+    """What of a transform is part of a graph, and not an input."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in transform.tensors().items()}
+    return transform.widths, transform.slice_of_type, transform.own_rank, shapes
