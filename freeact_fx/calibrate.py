@@ -113,9 +113,9 @@ class GroupStatistics:
             if centred and index < self.config.num_types:
                 # About the shift, which is not the type's own mean if the type was hardly seen.
                 mean, shift = (self.total[index] / self.count[index]).to(gram.device), means[index]
-                floor = 1e-6 * own.diagonal().mean()
+                floor = 1e-5 * own.diagonal()
                 own = own - torch.outer(mean, shift) - torch.outer(shift, mean - shift)
-                # What is left of a constant input is rounding, of either sign.
+                # What is left of a constant input is rounding, of either sign and as large as the channel was.
                 own.diagonal().add_(floor)
             total += own * (share / max(energy, 1e-30))
         return total

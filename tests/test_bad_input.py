@@ -354,11 +354,18 @@ def test_calibrate_when_everything_is_skipped() -> None:
         freeact_fx.calibrate(tiny_model(), [masked_ids()], config, progress=False)
 
 
-@pytest.mark.parametrize("plan", ["paper", "duplicate", "branch"])
+@pytest.mark.parametrize("plan", ["paper", "duplicate"])
 def test_calibrate_a_plan_it_cannot_fit(plan: str) -> None:
     message = literally("calibrate: QuantConfig.plan must be", f"got {plan!r}")
     with pytest.raises(ConfigError, match=message):
         freeact_fx.calibrate(tiny_model(), [masked_ids()], replace(CONFIG, plan=plan))
+
+
+def test_calibrate_a_branch_without_memory_for_one() -> None:
+    config = replace(CONFIG, plan="branch", memory_budget=1)
+    message = literally("calibrate: blocks.0.q", "memory_budget=1 leaves no room", "Raise it")
+    with pytest.raises(ConfigError, match=message):
+        freeact_fx.calibrate(tiny_model(), [masked_ids()], config, progress=False)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

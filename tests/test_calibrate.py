@@ -1,0 +1,379 @@
+"""Calibration: what is counted, what is fitted, and what it is good for."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tiny_model import GROUPS, LINEARS, MASK, TinyModel, masked_ids, relative, tiny_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import freeact_fx
+from freeact_fx import Checkpoint, QuantConfig, TokenTypes
+
+# The package's attribute of that name is the function.
+calibrate_module = sys.modules["freeact_fx.calibrate"]
+MIN_TOKENS_FOR_MEAN = calibrate_module.MIN_TOKENS_FOR_MEAN
+
+CONFIG = QuantConfig(token_types=TokenTypes.mask_token(MASK))
+BATCHES = [masked_ids(seed=seed) for seed in range(1, 5)]
+
+
+def calibrate(model: nn.Module, batches: Any, config: QuantConfig = CONFIG) -> Checkpoint:
+    return freeact_fx.calibrate(model, batches, config, progress=False)
+
+
+def activations_of(model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
+    """What each Linear reads, in plain Python: [B, T, K] of all batches, one after the other."""
+    seen: dict[str, list[Tensor]] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+
+            def keep(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+                seen.setdefault(name, []).append(args[0].detach())
+
+            hooks.append(module.register_forward_pre_hook(keep))
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+def types_of(batches: list[Tensor]) -> Tensor:
+    """[B, T]: 0 unmasked, 1 masked, 2 the first of each sequence."""
+    ids = torch.cat(batches)
+    types = (ids == MASK).long()
+    types[:, 0] = 2
+    return types
+
+
+def error_of(checkpoint: Checkpoint, group: str) -> float:
+    """Mean over a group's Linears and types of the squared relative error that was measured."""
+    by_linear = checkpoint.statistics[group]["error"].values()
+    return sum(sum(e.values()) / len(e) for e in by_linear) / len(by_linear)
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+# ------------------------------------------------------------------ statistics
+
+
+def test_counts_and_means_are_those_of_the_tokens() -> None:
+    model = llama()
+    batches = [masked_ids(2, 16, seed=1), masked_ids(3, 16, seed=2), masked_ids(1, 9, seed=3)]
+    config = replace(CONFIG, plan="shift")
+    checkpoint = calibrate(model, batches, config)
+    expected = [activations_of(model, [batch]) for batch in batches]
+    groups = [
+        tuple(f"model.layers.{i}.{name}" for name in names)
+        for i in range(2)
+        for names in (
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            ("self_attn.o_proj",),
+            ("mlp.gate_proj", "mlp.up_proj"),
+            ("mlp.down_proj",),
+        )
+    ]
+    assert list(checkpoint.groups) == [group[0] for group in groups]
+    types = torch.cat([types_of([batch]).flatten() for batch in batches])
+    counts = {n: int((types == i).sum()) for i, n in enumerate(config.type_names)}
+    assert min(counts.values()) == 6  # the sequences: fewer than a mean takes
+    for group in groups:
+        for name in group:
+            assert checkpoint.linears[name].group == group[0]
+            tokens = torch.cat([e[name].flatten(0, 1) for e in expected]).double()
+            assert checkpoint.statistics[group[0]]["tokens"] == counts | {"untyped": 0}
+            shift = checkpoint.groups[group[0]].shift
+            assert shift is not None
+            for index in (0, 1):
+                mean = tokens[types == index].mean(0)
+                assert torch.allclose(shift[index].double(), mean, rtol=1e-2, atol=1e-3)
+            # Too few: the mean of all tokens.
+            assert torch.allclose(shift[2].double(), tokens.mean(0), rtol=1e-2, atol=1e-3)
+            assert not shift[3].any()
+
+
+def test_recorded_errors_are_those_of_the_converted_linears() -> None:
+    model = llama()
+    batches = [masked_ids(4, 16, seed=1), masked_ids(4, 16, seed=2)]
+    checkpoint = calibrate(model, batches)
+    inputs = activations_of(model, batches)
+    types = types_of(batches)
+    converted = copy.deepcopy(model)
+    freeact_fx.convert(converted, checkpoint)
+    for name, entry in checkpoint.linears.items():
+        with torch.no_grad(), freeact_fx.token_types(types):
+            got = converted.get_submodule(name)(inputs[name])
+            want = model.get_submodule(name)(inputs[name])
+        recorded = checkpoint.statistics[entry.group]["error"][name]
+        assert list(recorded) == ["unmasked", "masked", "first"]
+        for index, type_name in enumerate(recorded):
+            own = types == index
+            squared = float((got - want)[own].square().sum() / want[own].square().sum())
+            assert recorded[type_name] == pytest.approx(squared, rel=1e-2)
+
+
+def test_batches_may_be_a_one_shot_iterator() -> None:
+    def once() -> Iterator[Tensor]:
+        yield from BATCHES
+
+    assert calibrate(tiny_model(), once()) == calibrate(tiny_model(), BATCHES)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda b: {"input_ids": b}, lambda b: (b,), lambda b: [b]],
+    ids=["mapping", "tuple", "list"],
+)
+def test_batches_may_be_mappings_tuples_lists_or_tensors(wrap: Callable[[Tensor], Any]) -> None:
+    wrapped = [wrap(batch) for batch in BATCHES]
+    assert calibrate(tiny_model(), wrapped) == calibrate(tiny_model(), BATCHES)
+
+
+def test_reproducible_and_seeded() -> None:
+    config = replace(CONFIG, sample_tokens=16)
+    one = calibrate(tiny_model(), BATCHES, config)
+    torch.manual_seed(123)
+    assert calibrate(tiny_model(), BATCHES, config) == one
+    other = calibrate(tiny_model(), BATCHES, replace(config, seed=1))
+    assert not torch.equal(other.groups[GROUPS[0][0]].left, one.groups[GROUPS[0][0]].left)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny_model().train()
+    before = copy.deepcopy(model.state_dict())
+    modules = [type(module) for module in model.modules()]
+    calibrate(model, BATCHES)
+    assert all(module.training for module in model.modules())
+    assert [type(module) for module in model.modules()] == modules
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_shared_block_counts_each_pass() -> None:
+    model = tiny_model()
+    model.blocks[1] = model.blocks[0]
+    checkpoint = calibrate(model, BATCHES)
+    assert set(checkpoint.linears) == set(LINEARS[:7])
+    tokens = checkpoint.statistics["blocks.0.q"]["tokens"]
+    assert sum(tokens.values()) == 2 * sum(batch.numel() for batch in BATCHES)
+    freeact_fx.convert(model, checkpoint)
+    assert model.blocks[1].q is model.blocks[0].q
+
+
+def test_types_that_are_handed_in() -> None:
+    """A stack without ids: the enclosing context says which token is which."""
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = tiny_model().blocks
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    config = QuantConfig(token_types=TokenTypes.explicit("plain", "special"), sink=None)
+    types = torch.tensor([[0, 1, 1, 0, 1, 1, 0, 1]])
+    with freeact_fx.token_types(types):
+        checkpoint = calibrate(Stack().eval(), [torch.randn(1, 8, 48)] * 3, config)
+    for group in GROUPS:
+        tokens = checkpoint.statistics[group[0]]["tokens"]
+        assert tokens == {"plain": 9, "special": 15, "untyped": 0}
+
+
+# ------------------------------------------------------------------ awkward data
+
+
+def assert_usable(model: nn.Module, checkpoint: Checkpoint, ids: Tensor) -> float:
+    """Every operand is finite, and the converted model runs; returns its relative error."""
+    for group in checkpoint.groups.values():
+        assert group.problem() is None
+    with torch.no_grad():
+        want = model(ids)
+        converted = copy.deepcopy(model)
+        freeact_fx.convert(converted, checkpoint)
+        got = torch.compile(converted, backend="freeact", options={"compiler": "eager"})(ids)
+    assert bool(got.isfinite().all())
+    return relative(got, want)
+
+
+def test_absent_type_is_reported_and_usable() -> None:
+    batches = [batch.clamp_max(MASK - 1) for batch in BATCHES]
+    model = tiny_model()
+    checkpoint = calibrate(model, batches)
+    for group in GROUPS:
+        statistics = checkpoint.statistics[group[0]]
+        assert statistics["tokens"]["masked"] == 0
+        assert statistics["rare_types"] == ["masked"]
+        assert "masked" not in statistics["error"][group[0]]
+    assert assert_usable(model, checkpoint, masked_ids(seed=9)) < 0.3
+
+
+@pytest.mark.parametrize("count", [1, MIN_TOKENS_FOR_MEAN - 1, MIN_TOKENS_FOR_MEAN])
+def test_rare_type_is_reported_and_usable(count: int) -> None:
+    batches = [batch.clamp_max(MASK - 1) for batch in BATCHES]
+    batches[0][0, 1 : 1 + count] = MASK
+    model = tiny_model()
+    checkpoint = calibrate(model, batches, replace(CONFIG, plan="shift"))
+    statistics = checkpoint.statistics["blocks.0.q"]
+    assert statistics["tokens"]["masked"] == count
+    rare = count < MIN_TOKENS_FOR_MEAN
+    assert statistics["rare_types"] == (["masked"] if rare else [])
+    assert assert_usable(model, checkpoint, masked_ids(seed=9)) < 0.3
+
+
+@pytest.mark.parametrize("largest", [1, 1e4])
+@pytest.mark.parametrize("plan", ["auto", "shift", "single"])
+def test_one_token_in_all(plan: str, largest: float) -> None:
+    """Centred, its moment is rounding, of either sign; a massive channel makes that rounding large."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.embed.weight[5, 7] *= largest
+    checkpoint = calibrate(model, [torch.tensor([[5]])], replace(CONFIG, plan=plan))
+    assert sum(checkpoint.statistics["blocks.0.q"]["tokens"].values()) == 1
+    assert_usable(model, checkpoint, masked_ids())
+
+
+def test_constant_channels() -> None:
+    """Channels that are always zero, or always the same, have no variance to divide by."""
+    model = tiny_model()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attention_norm.weight[:8] = 0
+            block.mlp_norm.weight[3:20] = 0
+            block.up.weight[5] = 0
+        model.embed.weight[:, 40] = 3
+    assert assert_usable(model, calibrate(model, BATCHES), masked_ids(seed=9)) < 0.3
+
+
+def test_activations_that_are_all_zero() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.blocks[0].mlp_norm.weight.zero_()
+    checkpoint = calibrate(model, BATCHES)
+    assert checkpoint.statistics["blocks.0.gate"]["tokens"]["unmasked"] > 0
+    assert assert_usable(model, checkpoint, masked_ids(seed=9)) < 0.3
+
+
+def test_weight_of_zeros() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.blocks[0].o.weight.zero_()
+        model.blocks[1].q.weight[7] = 0
+    assert assert_usable(model, calibrate(model, BATCHES), masked_ids(seed=9)) < 0.3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_model(dtype: torch.dtype) -> None:
+    model = tiny_model().to(dtype)
+    checkpoint = calibrate(model, BATCHES)
+    assert assert_usable(model, checkpoint, masked_ids(seed=9)) < 0.3
+
+
+@pytest.mark.parametrize("bits", [8, "e4m3"])
+def test_other_activation_formats(bits: Any) -> None:
+    model = tiny_model()
+    narrow = assert_usable(model, calibrate(model, BATCHES), masked_ids(seed=9))
+    config = replace(CONFIG, activation_bits=bits)
+    assert assert_usable(model, calibrate(model, BATCHES, config), masked_ids(seed=9)) < narrow
+
+
+# ------------------------------------------------------------------ what it is good for
+
+
+def with_outliers(model: TinyModel) -> TinyModel:
+    """A few channels of every normed activation are ten times the others, and masked tokens sit far off zero."""
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attention_norm.weight[[3, 17, 31]] *= 10
+            block.mlp_norm.weight[[5, 29]] *= 10
+        model.embed.weight[MASK] += 2
+    return model
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_auto_is_never_worse_than_single(seed: int) -> None:
+    """Group by group, on the sample that it was chosen on."""
+    model = with_outliers(tiny_model())
+    with torch.no_grad():
+        for parameter in model.blocks.parameters():
+            parameter.mul_(1 + 0.3 * seed * torch.randn_like(parameter))
+    batches = [masked_ids(seed=10 * seed + s) for s in range(4)]
+    config = replace(CONFIG, seed=seed, memory_budget=1.5)
+    auto = calibrate(model, batches, config)
+    single = calibrate(model, batches, replace(config, plan="single"))
+    shift = calibrate(model, batches, replace(config, plan="shift"))
+    for group in GROUPS:
+        best = min(error_of(single, group[0]), error_of(shift, group[0]))
+        assert error_of(auto, group[0]) <= best * 1.000001
+    assert {t.plan for t in single.groups.values()} == {"single"}
+    assert len({t.plan for t in auto.groups.values()} - {"single"}) > 0
+
+
+def test_calibrated_beats_data_free() -> None:
+    model = with_outliers(tiny_model())
+    ids = masked_ids(8, 32, seed=99)
+    calibrated = assert_usable(
+        model, calibrate(model, [masked_ids(8, 32, seed=s) for s in (1, 2)]), ids
+    )
+    data_free = copy.deepcopy(model)
+    freeact_fx.convert(data_free, CONFIG)
+    with torch.no_grad():
+        got = torch.compile(data_free, backend="freeact", options={"compiler": "eager"})(ids)
+        baseline = relative(got, model(ids))
+    assert calibrated < 0.8 * baseline
+
+
+@pytest.mark.parametrize("switch", ["clip_search", "gptq"])
+def test_switches_change_the_codes(switch: str) -> None:
+    model = tiny_model()
+    on = calibrate(model, BATCHES, replace(CONFIG, plan="single"))
+    off = calibrate(model, BATCHES, replace(CONFIG, plan="single", **{switch: False}))
+    name = LINEARS[0]
+    assert not torch.equal(on.linears[name].packed.weight, off.linears[name].packed.weight)
+    total = [sum(error_of(c, group[0]) for group in GROUPS) for c in (on, off)]
+    assert total[0] < total[1]
+
+
+# ------------------------------------------------------------------ progress
+
+
+@pytest.mark.parametrize("with_tqdm", [True, False])
+def test_progress_is_shown(
+    with_tqdm: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not with_tqdm:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+        # The plain line comes every five seconds.
+        clock = iter(range(0, 10**6, 10))
+        monkeypatch.setattr(calibrate_module.time, "monotonic", lambda: next(clock))
+    shown = freeact_fx.calibrate(tiny_model(), iter(BATCHES), CONFIG)
+    printed = capsys.readouterr().err
+    assert "observing" in printed
+    assert "fitting" in printed
+    assert shown == calibrate(tiny_model(), BATCHES)
+    assert not capsys.readouterr().err
