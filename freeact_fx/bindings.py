@@ -91,7 +91,9 @@ class Bindings:
         ]
 
     def _bind(self, weights: list[Tensor], args: Sequence[Any]) -> Binding:
-        refs = [None if weight is None else weakref.ref(weight) for weight in weights]
+        refs: list[weakref.ref[Tensor] | None] = [
+            w if w is None else weakref.ref(w) for w in weights
+        ]
         compiled_for = [ref and ref() for _, ref in self.report.linears]
         rows = [row for row, _ in self.report.linears]
         if all(a is b for a, b in zip(weights, compiled_for, strict=True)):

@@ -281,12 +281,12 @@ class _Sweep:
     def _type_of_mask(self, origin: Node) -> tuple[int | None, str, bool]:
         """The type that a merge under a mask makes, the mask in words, and True if its ids are declared."""
         token_id = _compared_id(origin)
-        ids = [token_id] if isinstance(token_id, int) else []
+        ids: list[int | None] = [] if token_id is None else [token_id]
         if op_name(origin) in ("or", "bitwise_or", "__or__", "logical_or", "or_"):
             ids = [_compared_id(_mask_origin(a)[0]) for a in origin.args if isinstance(a, Node)]
-        if ids and all(isinstance(i, int) for i in ids):
+        if ids and None not in ids:
             text = " | ".join(f"eq({qualified_name(origin.all_input_nodes[0])}, {i})" for i in ids)
-            claimed = {self.token_types.index_of_id(i) for i in ids}
+            claimed = {self.token_types.index_of_id(i) for i in ids if i is not None}
             if claimed == {None} and self.token_types.merge_index is not None:
                 return self.token_types.merge_index, text, False
             if len(claimed) == 1 and None not in claimed:
@@ -311,9 +311,9 @@ class _Sweep:
         self, node: Node, origin: Node, negated: bool, new: Node, old: Node
     ) -> tuple[bool, Fact]:
         """``where(mask, vision(x), text(x))``: a Linear that feeds one arm only has that arm's type."""
-        facts = self.facts(new), self.facts(old)
-        assert isinstance(facts[0], TokenFact)
-        assert isinstance(facts[1], TokenFact)
+        a, b = self.facts(new), self.facts(old)
+        assert isinstance(a, TokenFact)
+        assert isinstance(b, TokenFact)
         index, source, _ = self._type_of_mask(origin)
         if index is None:
             return True, Lost(f"where ({node.name}): {source}")
@@ -322,7 +322,6 @@ class _Sweep:
         others = [i for i in range(len(self.token_types.types)) if i != index]
         arms = [(new, index)] + [(old, others[0])] * (len(others) == 1)
         for arm, arm_type in arms:
-            fact = self.facts(arm)
             for inside in _exclusive(arm, node):
                 linear_fact = self.facts(inside.args[0]) if inside.args else None
                 if op_name(inside) == "linear" and isinstance(linear_fact, TokenFact):
@@ -330,8 +329,6 @@ class _Sweep:
                         "constant", (linear_fact.expr, arm_type, source), linear_fact.expr.axes
                     )
                     self.arms[inside] = TokenFact(expr, linear_fact.layout)
-            assert fact is not None
-        a, b = facts
         if a.layout == b.layout and (refines(a.expr, b.expr) or refines(b.expr, a.expr)):
             return True, a if refines(a.expr, b.expr) else b
         return True, Lost(f"two arms of where ({node.name}) have conflicting token types")

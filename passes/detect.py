@@ -82,7 +82,8 @@ def _linear_fact(
     if node.op not in ("call_function", "call_method"):
         return None
     if node.target is torch.ops.freeact.linear.default:
-        operands = dict(zip(LINEAR_ARGUMENTS, node.args, strict=False)) | node.kwargs
+        operands: dict[str, Any] = dict(zip(LINEAR_ARGUMENTS, node.args, strict=False))
+        operands |= node.kwargs
         x, weight = operands["x"], operands["weight"]
         num_outputs, num_features = value_of(weight).shape[0], value_of(x).shape[-1]
         name = _module_name(node, weight, tensor_of(gm, weight, inputs), paths)
@@ -109,7 +110,7 @@ def _linear_fact(
         transposed, weight = False, weight.args[0]
     if not isinstance(weight, Node) or not isinstance(x, Node):
         return None
-    shape = getattr(value_of(weight), "shape", ())
+    shape: tuple[Any, ...] = getattr(value_of(weight), "shape", ())
     is_parameter = _is_parameter(gm, weight, inputs)
     if op != "linear" and (len(shape) != 2 or not is_parameter):
         return None  # an ordinary matrix product

@@ -99,7 +99,7 @@ class Editor:
         ):
             node = self.graph.placeholder(f"freeact_{name}_{len(self.trailing.feeds)}")
         set_value(node, value)
-        node._dynamo_source = None  # type: ignore[attr-defined]
+        node._dynamo_source = None
         node.meta["tensor_dict"] = {}
         if feed[0] in ("transform", "packed"):
             node.meta["tensor_dict"]["_dynamo_static_input_type"] = "unguarded"

@@ -264,12 +264,11 @@ def facts_of(gm: GraphModule) -> list[LinearFact]:
 
 def tensor_of(gm: GraphModule, node: Node, inputs: dict[Node, Any]) -> Tensor | None:
     """The real tensor behind a parameter node (placeholder or get_attr), or None."""
+    value: Any = None
     if node.op == "placeholder":
         value = inputs.get(node)
-        return value if isinstance(value, Tensor) else None
-    if node.op == "get_attr":
+    elif node.op == "get_attr":
         value = gm
         for part in str(node.target).split("."):
-            value = getattr(value, part, None)  # type: ignore[assignment]
-        return value if isinstance(value, Tensor) else None
-    return None
+            value = getattr(value, part, None)
+    return value if isinstance(value, Tensor) else None

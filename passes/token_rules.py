@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from .layouts import broadcast_layout, is_one, permute_layout, reshape_layout
 from .node_facts import (
+    Axis,
     Fact,
     Layout,
     Lost,
@@ -88,6 +89,11 @@ def pointwise(node: Node, facts: Facts) -> Fact:
     return _agree([f for f, dims in zip(found, token_dims, strict=True) if dims == widest], node)
 
 
+def cast(node: Node, facts: Facts) -> Fact:
+    """Another dtype, device or memory: types of the first operand; the others (``x.to(y)``) lend their dtype only."""
+    return facts(node.args[0])
+
+
 def view(node: Node, facts: Facts) -> Fact:
     """view, reshape, flatten, unflatten, squeeze, unsqueeze: read off the two shapes."""
     source = node.args[0]
@@ -111,7 +117,7 @@ def permute(node: Node, facts: Facts) -> Fact:
         b = argument(node, 2, "dim1") % rank
         dims[a], dims[b] = dims[b], dims[a]
     elif name == "permute":
-        given = argument(node, 1, "dims")
+        given: Any = argument(node, 1, "dims")
         given = node.args[1:] if isinstance(given, int) else given
         dims = [d % rank for d in given]
     else:  # t
@@ -140,7 +146,8 @@ def _index_layout(fact: TokenFact, items: Sequence[Any], node: Node) -> Fact:
         items = [*items[:at], *padding, *items[at + 1 :]]
     else:
         items = [*items, *padding]
-    expr, layout, dim, out = fact.expr, [], 0, 0
+    expr, dim, out = fact.expr, 0, 0
+    layout: list[tuple[Axis, ...]] = []
     out_shape = shape_of(node)
     for item in items:
         if item is None:
@@ -181,7 +188,7 @@ def assign(node: Node, facts: Facts) -> Fact:
     before, new = facts(target), facts(value)
     if isinstance(before, Lost) or (before is None and new is None):
         return before
-    items = list(index) if isinstance(index, (tuple, list)) else [index]
+    items = list(index) if isinstance(index, tuple) else [index]
     if not isinstance(before, TokenFact):
         return Lost(f"{_where(node)} puts tokens into a tensor without")
     items = [item for item in items if item is not None]
@@ -227,8 +234,8 @@ def getitem(node: Node, facts: Facts) -> Fact:
         return fact[index] if isinstance(index, int) else None
     if not isinstance(fact, TokenFact):
         return fact
-    items = list(index) if isinstance(index, (tuple, list)) else [index]
-    return _index_layout(fact, items, node)
+    # A list is one index of several positions; a tuple is one index per dimension.
+    return _index_layout(fact, list(index) if isinstance(index, tuple) else [index], node)
 
 
 def select_or_slice(node: Node, facts: Facts) -> Fact:
@@ -259,11 +266,7 @@ def pieces(node: Node, facts: Facts) -> Fact:
     if not isinstance(fact, TokenFact) or not isinstance(outputs, (tuple, list)):
         return [fact] * len(outputs) if isinstance(outputs, (tuple, list)) else fact
     name = op_name(node)
-    dim = node.kwargs.get("dim")
-    if dim is None:
-        position = 1 if name == "unbind" else 2
-        dim = node.args[position] if len(node.args) > position else 0
-    dim %= len(fact.layout)
+    dim = argument(node, 1 if name == "unbind" else 2, "dim", 0) % len(fact.layout)
     if fact.layout[dim]:
         return [Lost(f"{_where(node)} cuts along tokens")] * len(outputs)
     layout = fact.layout[:dim] + fact.layout[dim + 1 :] if name == "unbind" else fact.layout
@@ -327,7 +330,8 @@ def reduction(node: Node, facts: Facts) -> Fact:
     fact = facts(node.args[0])
     if not isinstance(fact, TokenFact):
         return fact
-    dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    # The order of a norm comes before its dimensions.
+    dims = argument(node, 2 if op_name(node).endswith("norm") else 1, "dim")
     outputs = value_of(node)
     if isinstance(dims, Node):  # max(a, b)
         return pointwise(node, facts)
@@ -445,10 +449,13 @@ def no_tokens(node: Node, facts: Facts) -> Fact:
 _POINTWISE = """
     add sub rsub mul div truediv floordiv true_divide pow rsqrt sqrt neg abs exp exp2 log sigmoid tanh relu relu6 gelu
     silu mish softplus leaky_relu elu selu hardswish hardtanh hardsigmoid quick_gelu celu clamp clamp_min clamp_max
-    clip erf sin cos round floor reciprocal square where masked_fill softmax log_softmax dropout feature_dropout to
-    float half bfloat16 double type type_as contiguous clone detach alias _to_copy convert_element_type positive
-    maximum minimum addcmul lerp nan_to_num lift_fresh requires_grad cpu cuda logaddexp sign remainder
-    fmod mod expm1 log1p sinh cosh softsign threshold prelu identity pos _conj _softmax _log_softmax
+    clip erf sin cos round floor reciprocal square where masked_fill softmax log_softmax dropout feature_dropout
+    positive maximum minimum addcmul lerp nan_to_num logaddexp sign remainder fmod mod expm1 log1p sinh cosh softsign
+    threshold prelu pos _softmax _log_softmax
+""".split()
+_CASTS = """
+    to float half bfloat16 double type type_as contiguous clone detach alias _to_copy convert_element_type lift_fresh
+    requires_grad cpu cuda identity _conj
 """.split()
 _NO_TOKENS = """
     zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full size shape dim
@@ -457,6 +464,7 @@ _NO_TOKENS = """
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_POINTWISE, pointwise),
+    **dict.fromkeys(_CASTS, cast),
     **dict.fromkeys(_NO_TOKENS, no_tokens),
     **dict.fromkeys(
         (
@@ -488,6 +496,7 @@ RULES: dict[str, Rule] = {
             "std",
             "norm",
             "vector_norm",
+            "linalg_vector_norm",
             "logsumexp",
         ),
         reduction,
