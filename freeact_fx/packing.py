@@ -8,6 +8,7 @@ and dropped with the parameter.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,7 +66,9 @@ class Packer:
         """Transform and packed weight of a dense weight [N, K] ([K, N] if transposed), or why there are none."""
         state = (_state(weight), _state(bias))
         entries = _packed.setdefault(weight, {})
-        cached = entries.get((self._key, name))
+        # One weight may serve several Linears: with another bias, or none, it is packed beside.
+        key = (self._key, name, transposed, None if bias is None else id(bias))
+        cached = entries.get(key)
         if cached is not None and cached[0] == state:
             return cached[1]
         dense = weight.detach().t() if transposed else weight.detach()
@@ -73,9 +76,11 @@ class Packer:
         if isinstance(transform, str):
             return transform
         stored = None if self.checkpoint is None else self.checkpoint.packed_for(name, dense)
+        dense_bias = None if bias is None else bias.detach()
         if stored is None or not self.config.quantize:
-            stored = pack_linear(
-                transform, dense, None if bias is None else bias.detach(), self.config
-            )
-        entries[self._key, name] = (state, (transform, stored))
+            stored = pack_linear(transform, dense, dense_bias, self.config)
+        else:
+            # The codes were made from this weight; the bias may be another by now.
+            stored = replace(stored, bias_table=transform.bias_table(dense, dense_bias))
+        entries[key] = (state, (transform, stored))
         return transform, stored

@@ -68,7 +68,7 @@ class Editor:
         self.gm, self.inputs, self.config = gm, inputs, config
         self.graph = gm.graph
         self.trailing = TrailingInputs()
-        self._tensors: dict[int, Node] = {}
+        self._tensors: dict[int, tuple[Tensor, Node]] = {}  # by id, so each is kept alive
         values = (value_of(n) for n in self.graph.nodes)
         fakes = [v for v in values if isinstance(v, torch._subclasses.FakeTensor)]
         self.fake_mode = fakes[0].fake_mode if fakes else torch._subclasses.FakeTensorMode()
@@ -110,5 +110,5 @@ class Editor:
         """A trailing placeholder for a tensor of ours; one per tensor."""
         if id(tensor) not in self._tensors:
             fake = self.fake_mode.from_tensor(tensor, static_shapes=True)
-            self._tensors[id(tensor)] = self.placeholder(name, fake, feed)
-        return self._tensors[id(tensor)]
+            self._tensors[id(tensor)] = (tensor, self.placeholder(name, fake, feed))
+        return self._tensors[id(tensor)][1]

@@ -195,6 +195,25 @@ def test_fine_tuned_weights_are_packed_anew(calibrated: Checkpoint) -> None:
     assert float((got - want).norm() / want.norm()) < 0.15
 
 
+@pytest.mark.parametrize("plan", ["single", "shift"])
+def test_fine_tuned_bias_is_seen(plan: str) -> None:
+    """The codes are still those of the weight, the bias table is not."""
+    model = tiny_model()
+    options = {"compiler": "eager", "checkpoint": checkpoint_of(model, plan), "quantize": True}
+    linear = model.blocks[1].down
+
+    def run() -> torch.Tensor:
+        torch._dynamo.reset()
+        compiled = torch.compile(linear, backend="freeact", options=options)
+        with torch.no_grad(), freeact_fx.token_types(torch.zeros(2, 5, dtype=torch.int32)):
+            return compiled(torch.ones(2, 5, 96))
+
+    before = run()
+    with torch.no_grad():
+        linear.bias.add_(1)
+    assert torch.allclose(run(), before + 1, atol=1e-5)
+
+
 # ------------------------------------------------------------------ every plan, through the backend
 
 

@@ -303,6 +303,17 @@ def new_data(model: TinyModel) -> None:
     weight.data = torch.randn_like(weight) * 0.1
 
 
+def merge_an_adapter(model: TinyModel) -> None:
+    """As PEFT does: through ``.data``, which moves neither address nor version."""
+    weight = model.blocks[0].q.weight
+    weight.data += 0.1 * torch.randn(48, 2) @ torch.randn(2, 48)
+
+
+def copy_into_data(model: TinyModel) -> None:
+    weight = model.blocks[1].down.weight
+    weight.data.copy_(torch.randn_like(weight) * 0.1)
+
+
 def new_parameter(model: TinyModel) -> None:
     model.blocks[1].o.weight = nn.Parameter(torch.randn(48, 48) * 0.1)
 
@@ -321,6 +332,8 @@ CHANGES = [
     scale_in_place,
     change_one_bias,
     new_data,
+    merge_an_adapter,
+    copy_into_data,
     new_parameter,
     cast,
     replace_module,
@@ -357,6 +370,40 @@ def test_unchanged_weights_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(packed) == len(LINEARS)
     run(compiled(model, replace(CONFIG, seed=1)), masked_ids())
     assert len(packed) == 2 * len(LINEARS)
+
+
+class OneWeight(nn.Module):
+    """One weight with a bias, with another, and without; its Linears have one name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(48, 48)
+        self.other_bias = nn.Parameter(torch.randn(48))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        weight = self.inner.weight
+        functional = nn.functional.linear
+        return self.inner(x), functional(x, weight, self.other_bias), functional(x, weight)
+
+
+def test_one_weight_with_several_biases(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: list[Tensor] = []
+    original = packing_module.pack_linear
+
+    def counting(transform: Any, weight: Tensor, *args: Any) -> Any:
+        packed.append(weight)
+        return original(transform, weight, *args)
+
+    monkeypatch.setattr(packing_module, "pack_linear", counting)
+    torch.manual_seed(0)
+    model, x = OneWeight().eval(), torch.randn(5, 48)
+    fast = compiled(model, PLAIN)
+    for _ in range(3):
+        with torch.no_grad():
+            own, other, none = fast(x)
+        assert torch.allclose(own - none, model.inner.bias.detach().expand(5, -1), atol=1e-5)
+        assert torch.allclose(other - none, model.other_bias.detach().expand(5, -1), atol=1e-5)
+    assert len(packed) == 3
 
 
 def test_packed_copy_goes_with_the_model() -> None:
