@@ -11,8 +11,6 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import freeact_fx.codegen
-import freeact_fx.passes
 import torch
 from evaluation import dllm_calibration_batches, vlm_calibration_batches
 from safetensors.torch import save
@@ -26,6 +24,8 @@ from small_models import (
 )
 
 import freeact_fx
+import freeact_fx.codegen
+import freeact_fx.passes
 from freeact_fx import Checkpoint, QuantConfig, TokenTypes
 
 DLLM_CONFIG = QuantConfig(token_types=TokenTypes.mask_token(MASK_TOKEN))

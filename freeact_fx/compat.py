@@ -213,7 +213,8 @@ def propagate_shapes(gm: GraphModule, example_inputs: Sequence[Any]) -> None:
     if all("val" in n.meta or "example_value" in n.meta for n in _value_nodes(gm)):
         return
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    FakeTensorProp(gm, mode).propagate(*example_inputs)
+    with torch.no_grad():
+        FakeTensorProp(gm, mode).propagate(*example_inputs)
 
 
 def _value_nodes(gm: GraphModule) -> list[Node]:

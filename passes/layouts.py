@@ -101,6 +101,7 @@ def reshape_layout(
 
 
 def _distribute(axes: list[Axis], sizes: Sequence[Size]) -> list[tuple[Axis, ...]] | None:
+    """Share a row-major run of axes out among new dimensions."""
     if len(sizes) == 1:
         return [tuple(axes)]
     pairs = _pair_up([a.size for a in axes], sizes)
@@ -108,13 +109,38 @@ def _distribute(axes: list[Axis], sizes: Sequence[Size]) -> list[tuple[Axis, ...
         return None
     result: list[tuple[Axis, ...]] = []
     for run_axes, run_sizes in pairs:
-        if len(run_sizes) == 1:
-            result.append(tuple(axes[i] for i in run_axes))
-        elif len(run_axes) == 1:
-            children = axes[run_axes[0]].split([sizes[i] for i in run_sizes])
-            result += [(child,) for child in children]
+        run, parts = [axes[i] for i in run_axes], [sizes[i] for i in run_sizes]
+        if len(parts) == 1:
+            result.append(tuple(run))
+        elif len(run) == 1:
+            result += [(child,) for child in run[0].split(parts)]
         else:
-            return None
+            cut = _cut(run, parts)
+            if cut is None:
+                return None
+            result += cut
+    return result
+
+
+def _cut(axes: list[Axis], sizes: Sequence[Size]) -> list[tuple[Axis, ...]] | None:
+    """Cut axes in two where a dimension ends inside them; for numbers only."""
+    result: list[tuple[Axis, ...]] = []
+    pending = list(axes)
+    for size in sizes:
+        taken: list[Axis] = []
+        missing = size
+        while missing != 1:
+            axis = pending.pop(0)
+            if not isinstance(missing, int) or not isinstance(axis.size, int):
+                return None
+            if missing % axis.size:
+                if axis.size % missing:
+                    return None
+                axis, back = axis.split([missing, axis.size // missing])
+                pending.insert(0, back)
+            taken.append(axis)
+            missing //= axis.size  # type: ignore[operator]
+        result.append(tuple(taken))
     return result
 
 

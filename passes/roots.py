@@ -340,7 +340,7 @@ def _scores(softmax: Node) -> tuple[Node | None, list[Node]]:
     node: Any = softmax.args[0]
     others: list[Node] = []
     while isinstance(node, Node) and node.op in ("call_function", "call_method"):
-        if op_name(node) in ("matmul", "bmm", "__matmul__"):
+        if op_name(node) in ("matmul", "bmm"):
             return node, others
         if RULES.get(op_name(node)) is not pointwise or not node.args:
             break

@@ -125,6 +125,21 @@ def permute(node: Node, facts: Facts) -> Fact:
     return TokenFact(fact.expr, permute_layout(fact.layout, dims))
 
 
+def attribute(node: Node, facts: Facts) -> Fact:
+    """``x.mT``, ``x.T``: tensors that are had by name."""
+    fact = facts(node.args[0])
+    if not isinstance(fact, TokenFact):
+        return fact
+    dims = list(range(len(fact.layout)))
+    if node.args[1] in ("mT", "mH"):
+        dims[-2:] = dims[:-3:-1]
+    elif node.args[1] in ("T", "H"):
+        dims.reverse()
+    elif node.args[1] != "data":
+        return pointwise_lost(node, facts)
+    return TokenFact(fact.expr, permute_layout(fact.layout, dims))
+
+
 def expand(node: Node, facts: Facts) -> Fact:
     source = node.args[0]
     fact = facts(source)
@@ -300,21 +315,28 @@ def concatenate(node: Node, facts: Facts) -> Fact:
     positions = set()
     for fact in typed:
         axes = fact.layout[dim]
-        if len(axes) != 1 or not any(axes[0] is a for a in fact.expr.axes):
+        if len(axes) > 1 or (axes and not any(axes[0] is a for a in fact.expr.axes)):
             return Lost(f"{_where(node)} joins tokens that were reshaped")
-        positions.add(next(i for i, a in enumerate(fact.expr.axes) if a is axes[0]))
-    first = typed[0]
-    if len(positions) != 1 or any(
-        (*f.layout[:dim], *f.layout[dim + 1 :]) != (*first.layout[:dim], *first.layout[dim + 1 :])
+        positions |= {i for i, a in enumerate(fact.expr.axes) if axes and a is axes[0]}
+    first = next(f for f in typed if f.layout[dim])
+    others = (*first.layout[:dim], *first.layout[dim + 1 :])
+    position = min(positions)
+    if len(positions) != 1 or not all(
+        (*f.layout[:dim], *f.layout[dim + 1 :]) == others and _runs_along(f, dim, position)
         for f in typed
     ):
         return Lost(f"{_where(node)} joins tokens of different layouts")
-    position = positions.pop()
-    key = ("cat", *(id(f.layout[dim][0]) for f in typed))
+    key = ("cat", *(id(f.expr.axes[position]) for f in typed))
     axis = first.layout[dim][0].derive(key, shape_of(node)[dim])
-    axes = (*first.expr.axes[:position], axis, *first.expr.axes[position + 1 :])
-    expr = TypeExpr("cat", (position, *(f.expr for f in typed)), axes)
+    new_axes = (*first.expr.axes[:position], axis, *first.expr.axes[position + 1 :])
+    expr = TypeExpr("cat", (position, *(f.expr for f in typed)), new_axes)
     return TokenFact(expr, (*first.layout[:dim], (axis,), *first.layout[dim + 1 :]))
+
+
+def _runs_along(fact: TokenFact, dim: int, position: int) -> bool:
+    """True if a dimension is one axis of the type tensor; one of size 1 does not show in the layout."""
+    axes = fact.expr.axes
+    return bool(fact.layout[dim]) or (position < len(axes) and is_one(axes[position].size))
 
 
 def _is_empty(node: Any) -> bool:
@@ -448,18 +470,17 @@ def no_tokens(node: Node, facts: Facts) -> Fact:
 
 _POINTWISE = """
     add sub rsub mul div truediv floordiv true_divide pow rsqrt sqrt neg abs exp exp2 log sigmoid tanh relu relu6 gelu
-    silu mish softplus leaky_relu elu selu hardswish hardtanh hardsigmoid quick_gelu celu clamp clamp_min clamp_max
+    silu mish softplus leaky_relu elu selu hardswish hardtanh hardsigmoid celu clamp clamp_min clamp_max
     clip erf sin cos round floor reciprocal square where masked_fill softmax log_softmax dropout feature_dropout
     positive maximum minimum addcmul lerp nan_to_num logaddexp sign remainder fmod mod expm1 log1p sinh cosh softsign
-    threshold prelu pos _softmax _log_softmax
+    threshold _threshold prelu pos _softmax _log_softmax
 """.split()
 _CASTS = """
     to float half bfloat16 double type type_as contiguous clone detach alias _to_copy convert_element_type lift_fresh
-    requires_grad cpu cuda identity _conj
+    cpu cuda
 """.split()
 _NO_TOKENS = """
-    zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full size shape dim
-    numel sym_size argmax argmin eq ne lt le gt ge isnan isinf isfinite item
+    zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full
 """.split()
 
 RULES: dict[str, Rule] = {
@@ -495,19 +516,19 @@ RULES: dict[str, Rule] = {
             "var",
             "std",
             "norm",
-            "vector_norm",
             "linalg_vector_norm",
             "logsumexp",
         ),
         reduction,
     ),
     **dict.fromkeys(("linear", "addmm"), linear),
-    **dict.fromkeys(("matmul", "bmm", "mm", "__matmul__"), matmul),
+    **dict.fromkeys(("matmul", "bmm", "mm"), matmul),
     **dict.fromkeys(
         ("scaled_dot_product_attention", "flex_attention", "multi_head_attention_forward"),
         attention,
     ),
     **dict.fromkeys(("layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm"), normalise),
+    "getattr": attribute,
     "getitem": getitem,
     "copy": copy,
     "pad": pad,

@@ -17,7 +17,16 @@ from torch.fx import Node
 
 from .editor import Editor, RootInput, aten
 from .layouts import is_one
-from .node_facts import Axis, Layout, Root, TokenFact, TypeExpr, roots_of, value_of
+from .node_facts import (
+    Axis,
+    Layout,
+    Root,
+    TokenFact,
+    TypeExpr,
+    roots_of,
+    statically_equal,
+    value_of,
+)
 from .sizes import Sizes
 
 Layer: TypeAlias = Literal["base", "first", "explicit"]
@@ -189,7 +198,10 @@ class TypeTensors:
         shape = value_of(x).shape[:-1]
         flat = [a for axes_of_dim in layout for a in axes_of_dim]
         straight = [(a,) if not is_one(a.size) else () for a in axes]
-        if list(layout) == straight and len(shape) == len(axes):
+        same_sizes = len(shape) == len(axes) and all(
+            statically_equal(size, axis.size) for size, axis in zip(shape, axes, strict=True)
+        )
+        if list(layout) == straight and same_sizes:
             return types
         for dim in reversed(range(len(axes))):
             if is_one(axes[dim].size):

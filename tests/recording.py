@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from freeact_fx.passes.node_facts import LinearFact, facts_of
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from freeact_fx.backend import freeact
+from freeact_fx.passes.node_facts import LinearFact, facts_of
+from freeact_fx.rewrite import RewrittenModule
 from freeact_fx.runner import Runner
 
 TRANSFORMS = (
@@ -182,3 +183,21 @@ def wrong_types(seen: dict[str, Seen], expected: Tensor) -> dict[str, str]:
         if types.shape != expected.shape or not torch.equal(types.long(), expected.long()):
             wrong[name] = f"got {types.tolist()}, expected {expected.tolist()}"
     return wrong
+
+
+def run_rewritten(rewritten: RewrittenModule, *inputs: Any) -> tuple[Any, list[Seen]]:
+    """Call a rewritten FX graph: its output, and the runs of its quantised Linears."""
+    runner, module = rewritten._runner, rewritten.graph_module
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    names = {}
+    for node in module.graph.nodes:
+        if _transform_of(node) is not None:
+            at = placeholders.index(node.args[1]) - len(inputs)
+            names[node] = facts_of(module)[runner.trailing.feeds[at][1]].name
+    seen: list[Seen] = []
+    compiled = runner.compiled
+    runner.compiled = lambda *args: _Reader(module, names, seen).run(*args)
+    try:
+        return rewritten(*inputs), seen
+    finally:
+        runner.compiled = compiled
