@@ -35,7 +35,7 @@ def _state(tensor: Tensor | None) -> tuple[Any, ...] | None:
     version = 0 if tensor.is_inference() else tensor._version
     probe = None
     if tensor.device.type == "cpu":
-        few = tensor.detach()[tuple(slice(None, None, -(-n // 8)) for n in tensor.shape)]
+        few = tensor.detach()[tuple(slice(None, None, max(1, -(-n // 8))) for n in tensor.shape)]
         probe = float(few.sum(dtype=torch.float64))
     return (id(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.device, probe)
 
