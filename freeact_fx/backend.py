@@ -170,7 +170,14 @@ def _place(
             return None if node is None else tensor_of(gm, node, inputs)
         return placeholders.index(node)
 
-    return LinearPlace(locate(linear.weight), locate(linear.bias), linear.transposed, transform)
+    weight = tensor_of(gm, linear.weight, inputs)
+    return LinearPlace(
+        locate(linear.weight),
+        locate(linear.bias),
+        linear.transposed,
+        transform,
+        None if weight is None else weight.dtype,
+    )
 
 
 def _label(gm: GraphModule) -> str:

@@ -14,10 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .config import QuantConfig
 from .eligibility import matches
+from .errors import ConfigError
 from .packing import Packer
 from .report_log import GraphRecord, record
 from .transform import GroupTransform, PackedLinear
@@ -28,17 +30,28 @@ class LinearPlace:
     """Where a Linear's parameters are among the arguments of a graph (or the parameters themselves).
 
     transform  what the graph was built for, if it is a dense Linear that was replaced
+    dtype      of the weight when the graph was compiled, if it is a parameter
     """
 
     weight: int | Tensor | None
     bias: int | Tensor | None
     transposed: bool
     transform: GroupTransform | None
+    dtype: torch.dtype | None = None
 
     def parameters(self, args: Sequence[Any]) -> tuple[Any, Tensor | None]:
         weight = args[self.weight] if isinstance(self.weight, int) else self.weight
         bias = args[self.bias] if isinstance(self.bias, int) else self.bias
         return weight, bias
+
+
+def _check_dtype(name: str, place: LinearPlace, weight: Tensor) -> None:
+    """torch 2.11 does not compile anew after ``model.to(dtype)``: the graph would read one dtype as another."""
+    if place.dtype is not None and weight.dtype is not place.dtype:
+        raise ConfigError(
+            f"{name}: its weight was {place.dtype} when the graph was compiled and is {weight.dtype} now, and torch "
+            f"{torch.__version__} did not compile anew. Call torch.compiler.reset() after model.to(dtype)."
+        )
 
 
 @dataclass
@@ -83,6 +96,8 @@ class Bindings:
         self, binding: Binding, args: Sequence[Any]
     ) -> list[tuple[GroupTransform, PackedLinear] | str | None]:
         """Transform and packed weight of every dense Linear that was replaced, or why there are none."""
+        for place, name in zip(self.places, binding.names, strict=True):
+            _check_dtype(name, place, place.parameters(args)[0])
         return [
             None
             if place.transform is None

@@ -17,7 +17,7 @@ from tiny_model import GROUPS, LINEARS, MASK, TinyModel, masked_ids, relative, t
 from torch import Tensor, nn
 
 import freeact_fx
-from freeact_fx import Checkpoint, FreeActLinear, QuantConfig, TokenTypes
+from freeact_fx import Checkpoint, ConfigError, FreeActLinear, QuantConfig, TokenTypes
 from freeact_fx import packing as packing_module
 
 CONFIG = QuantConfig(token_types=TokenTypes.mask_token(MASK), plan="duplicate")
@@ -318,10 +318,6 @@ def new_parameter(model: TinyModel) -> None:
     model.blocks[1].o.weight = nn.Parameter(torch.randn(48, 48) * 0.1)
 
 
-def cast(model: TinyModel) -> None:
-    model.to(torch.bfloat16)
-
-
 def replace_module(model: TinyModel) -> None:
     torch.manual_seed(3)
     model.blocks[0].down = nn.Linear(96, 48).eval()
@@ -335,7 +331,6 @@ CHANGES = [
     merge_an_adapter,
     copy_into_data,
     new_parameter,
-    cast,
     replace_module,
 ]
 
@@ -348,6 +343,22 @@ def test_changed_weights_are_packed_anew(change: Callable[[TinyModel], None]) ->
     change(model)
     after = run(fast, ids)
     assert relative(after, before) > 1e-3
+    assert torch.equal(after, fresh_result(model, ids, CONFIG))
+
+
+def test_a_cast_model_is_never_served_stale() -> None:
+    model, ids = tiny_model(), masked_ids()
+    fast = compiled(model, CONFIG)
+    run(fast, ids)
+    model.to(torch.bfloat16)
+    if torch.__version__ < "2.12":  # its Dynamo does not see the cast
+        with pytest.raises(
+            ConfigError, match=r"q: its weight was torch.float32 .* torch.compiler.reset"
+        ):
+            run(fast, ids)
+        torch.compiler.reset()
+    after = run(fast, ids)
+    assert after.dtype == torch.bfloat16
     assert torch.equal(after, fresh_result(model, ids, CONFIG))
 
 
