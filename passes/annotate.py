@@ -21,7 +21,7 @@ Nothing is edited: facts first, then ``insert``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -30,7 +30,7 @@ from freeact_fx.config import QuantConfig
 from freeact_fx.eligibility import TOWER_REASON, is_tower_name, matches
 from freeact_fx.token_types import TokenTypes
 
-from .layouts import layout_of_axes
+from .layouts import is_one, layout_of_axes
 from .node_facts import (
     TOKENS_KEY,
     Fact,
@@ -189,14 +189,11 @@ class _Sweep:
         operands = merge_operands(node)
         if operands is None and name == "where" and len(node.args) == 3:
             return self._where(node)
-        if (
-            operands is None
-            or not isinstance(operands[0], Node)
-            or not _is_floating(value_of(operands[0]))
-        ):
+        if operands is None or not _is_floating(value_of(operands[0])):
             return False, None
         old, mask, new = operands
-        before = self.facts(old) or self._buffer_fact(old)
+        own = self.facts(old)
+        before = own or self._buffer_fact(old)
         if before is None and self.facts(new) is not None:
             return True, Lost(f"{name} ({node.name}) puts tokens into a tensor without")
         if not isinstance(before, TokenFact):
@@ -205,8 +202,9 @@ class _Sweep:
             return True, before
         if isinstance(self.facts(new), TokenFact):
             return True, Lost(f"{name} ({node.name}) writes tokens over tokens")
-        origin, negated = _mask_origin(mask)
-        return True, self._merged(node, before, mask, origin, negated, old, new)
+        fact = self._merged(node, before, mask, old, new, where_true=True)
+        # Filling a buffer with the other tokens, those whose ids the mask does not name.
+        return True, before if own is None and isinstance(fact, Lost) else fact
 
     def _where(self, node: Node) -> tuple[bool, Fact]:
         """A merge if the mask shows types and one arm holds the tokens; two arms of tokens are modality experts."""
@@ -216,18 +214,18 @@ class _Sweep:
         assert isinstance(mask, Node)
         assert isinstance(new, Node)
         assert isinstance(old, Node)
-        origin, negated = _mask_origin(mask)
-        shows_types = self._shows_types(origin)
-        if isinstance(self.facts(new), TokenFact):
+        shows_types = self._shows_types(_mask_origin(mask).node)
+        where_true = not isinstance(self.facts(new), TokenFact)
+        if not where_true:
             if isinstance(self.facts(old), TokenFact):
-                return self._arms(node, origin, negated, new, old) if shows_types else (False, None)
+                return self._arms(node, mask, new, old) if shows_types else (False, None)
             # where(text_mask, text, vision): the merge seen from the other side.
-            new, old, negated = old, new, not negated
+            new, old = old, new
         before = self.facts(old) or (self._buffer_fact(old) if shows_types else None)
         if not isinstance(before, TokenFact) or self.facts(new) is not None or _is_constant(new):
             return False, None
         if shows_types:
-            return True, self._merged(node, before, mask, origin, negated, old, new)
+            return True, self._merged(node, before, mask, old, new, where_true=where_true)
         if _has_own_tokens(new, before):
             return True, Lost(
                 f"where ({node.name}) replaces tokens under a mask that shows no type"
@@ -235,26 +233,22 @@ class _Sweep:
         return False, None  # a padding mask or the like: an ordinary pointwise operation
 
     def _merged(
-        self,
-        node: Node,
-        before: TokenFact,
-        mask: Node,
-        origin: Node,
-        negated: bool,
-        old: Node,
-        new: Any,
+        self, node: Node, before: TokenFact, mask: Node, old: Node, new: Any, *, where_true: bool
     ) -> Fact:
-        name = op_name(node)
+        """The types after ``new`` was written where the mask is true (or where it is false)."""
+        name, origin = op_name(node), _mask_origin(mask)
         self.tower |= only_above(new, old)
-        index, source, named = self._type_of_mask(origin)
+        index, source, named = self._type_of_mask(origin.node)
+        if _compared_ids(origin.node) and origin.negated == where_true:
+            index, source = None, f"{source}: written where the ids are others"
         if index is None:
             return Lost(f"{name} ({node.name}): {source}")
-        layout = _mask_layout(mask, before.layout, aligned_left=name in ("index_put", "setitem"))
+        layout = _mask_layout(mask, before, aligned_left=name in ("index_put", "setitem"))
         if layout is None:
             return Lost(f"{name} ({node.name}): its mask does not line up with the tokens")
-        if not negated and self._already_claimed(before.expr, origin, index):
+        if not origin.moved and self._already_claimed(before.expr, origin.node, index):
             return before
-        arguments = (before.expr, mask, layout, index, negated, f"{source} -> {name}", named)
+        arguments = (before.expr, mask, layout, index, not where_true, f"{source} -> {name}", named)
         return TokenFact(TypeExpr("merge", arguments, before.expr.axes), before.layout)
 
     def _buffer_fact(self, node: Node) -> Fact:
@@ -270,23 +264,17 @@ class _Sweep:
         return None
 
     def _shows_types(self, origin: Node) -> bool:
-        """True for a comparison of ids with a declared or, where any merge counts, with any id; or for a bool input."""
-        if op_name(origin) in ("eq", "ne") and self._compares_ids(origin):
+        """True for a comparison of ids with numbers, and for a bool input if any merge counts."""
+        if _compared_ids(origin):
             return True
         return origin.op == "placeholder" and self.token_types.merge_index is not None
 
-    def _compares_ids(self, origin: Node) -> bool:
-        return isinstance(_compared_id(origin), int) and not _is_floating(value_of(origin.args[0]))
-
     def _type_of_mask(self, origin: Node) -> tuple[int | None, str, bool]:
         """The type that a merge under a mask makes, the mask in words, and True if its ids are declared."""
-        token_id = _compared_id(origin)
-        ids: list[int | None] = [] if token_id is None else [token_id]
-        if op_name(origin) in ("or", "bitwise_or", "__or__", "logical_or", "or_"):
-            ids = [_compared_id(_mask_origin(a)[0]) for a in origin.args if isinstance(a, Node)]
-        if ids and None not in ids:
-            text = " | ".join(f"eq({qualified_name(origin.all_input_nodes[0])}, {i})" for i in ids)
-            claimed = {self.token_types.index_of_id(i) for i in ids if i is not None}
+        ids = _compared_ids(origin)
+        if ids:
+            text = " | ".join(f"eq({qualified_name(node)}, {i})" for node, i in ids)
+            claimed = {self.token_types.index_of_id(i) for _, i in ids}
             if claimed == {None} and self.token_types.merge_index is not None:
                 return self.token_types.merge_index, text, False
             if len(claimed) == 1 and None not in claimed:
@@ -300,24 +288,23 @@ class _Sweep:
 
     def _already_claimed(self, expr: TypeExpr, origin: Node, index: int) -> bool:
         """True if the merge's ids are declared and the root compares them already."""
-        token_id = _compared_id(origin)
-        if token_id is None or self.token_types.index_of_id(token_id) != index:
-            return False
-        assert isinstance(origin.args[0], Node)
-        roots = roots_of(expr)
-        return all(root.is_ids and same_ids(origin.args[0], root.node) for root in roots)
+        ids = _compared_ids(origin)
+        return bool(ids) and all(
+            self.token_types.index_of_id(token_id) == index
+            and all(root.is_ids and same_ids(node, root.node) for root in roots_of(expr))
+            for node, token_id in ids
+        )
 
-    def _arms(
-        self, node: Node, origin: Node, negated: bool, new: Node, old: Node
-    ) -> tuple[bool, Fact]:
+    def _arms(self, node: Node, mask: Node, new: Node, old: Node) -> tuple[bool, Fact]:
         """``where(mask, vision(x), text(x))``: a Linear that feeds one arm only has that arm's type."""
         a, b = self.facts(new), self.facts(old)
         assert isinstance(a, TokenFact)
         assert isinstance(b, TokenFact)
-        index, source, _ = self._type_of_mask(origin)
+        origin = _mask_origin(mask)
+        index, source, _ = self._type_of_mask(origin.node)
         if index is None:
             return True, Lost(f"where ({node.name}): {source}")
-        if negated:
+        if origin.negated:
             new, old = old, new
         others = [i for i in range(len(self.token_types.types)) if i != index]
         arms = [(new, index)] + [(old, others[0])] * (len(others) == 1)
@@ -363,52 +350,67 @@ def _has_own_tokens(node: Node, fact: TokenFact) -> bool:
     return along and comes_from_caller(node)
 
 
-def _mask_origin(mask: Node) -> tuple[Node, bool]:
-    """Follow views and negations back to what a mask is made of."""
-    negated = False
+class _Origin(NamedTuple):
+    """What a mask is made of; ``negated``: it is true where that is false; ``moved``: its elements moved."""
+
+    node: Node
+    negated: bool
+    moved: bool
+
+
+def _mask_origin(mask: Node) -> _Origin:
+    """Follow views, slices and negations back to what a mask is made of."""
+    negated = moved = False
     while (
         mask.op in ("call_function", "call_method") and mask.args and isinstance(mask.args[0], Node)
     ):
         name = op_name(mask)
         if name in ("logical_not", "bitwise_not", "invert", "__invert__"):
             negated = not negated
-        elif name == "getitem":
-            index = mask.args[1] if isinstance(mask.args[1], tuple) else (mask.args[1],)
-            if any(i is not None and i is not Ellipsis and i != slice(None) for i in index):
-                break
+        elif name in _VIEWS - _MASK_VIEWS:
+            moved = moved or not _only_adds_dimensions(mask)
         elif name not in _MASK_VIEWS:
             break
         mask = mask.args[0]
-    if op_name(mask) == "ne":
-        negated = not negated
-    return mask, negated
+    return _Origin(mask, negated != (op_name(mask) in ("ne", "__ne__")), moved)
 
 
-def _compared_id(origin: Node) -> int | None:
-    """The constant that ids are compared with (eq or ne), or None."""
-    if origin.op not in ("call_function", "call_method") or op_name(origin) not in (
-        "eq",
-        "ne",
-        "__eq__",
-        "__ne__",
-    ):
-        return None
-    value = origin.args[1] if len(origin.args) > 1 else None
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+def _only_adds_dimensions(node: Node) -> bool:
+    """True for ``x[..., None]`` and the like."""
+    index = node.args[1] if op_name(node) == "getitem" else 0
+    items = index if isinstance(index, tuple) else (index,)
+    return all(item is None or item is Ellipsis or item == slice(None) for item in items)
 
 
-def _mask_layout(mask: Node, layout: Layout, *, aligned_left: bool) -> Layout | None:
-    """The layout of a mask that is laid over a tensor; None if a token dimension is one of its several axes."""
-    rank = len(shape_of(mask))
+def _compared_ids(origin: Node) -> list[tuple[Node, int]]:
+    """What a mask compares (eq, ne, or an ``or`` of them), each with the number it is compared with; else []."""
+    if origin.op not in ("call_function", "call_method") or len(origin.args) < 2:
+        return []
+    name = op_name(origin)
+    if name in ("or", "bitwise_or", "__or__", "logical_or"):
+        parts = [_mask_origin(a) for a in origin.args[:2] if isinstance(a, Node)]
+        compared = [[] if part.negated else _compared_ids(part.node) for part in parts]
+        return [pair for pairs in compared for pair in pairs] if all(compared) else []
+    node, value = origin.args[:2]
+    if name not in ("eq", "ne", "__eq__", "__ne__") or not isinstance(node, Node):
+        return []
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return [(node, value)] if is_number and not _is_floating(value_of(node)) else []  # type: ignore[list-item]
+
+
+def _mask_layout(mask: Node, fact: TokenFact, *, aligned_left: bool) -> Layout | None:
+    """The layout of a mask that is laid over a tensor; None if its dimensions are not whole token axes."""
+    rank, layout = len(shape_of(mask)), fact.layout
     if aligned_left:
         cut = layout[:rank]
     else:
         if rank > len(layout):
             return None
         cut = layout[len(layout) - rank :]
-    if any(len(axes) > 1 for axes in cut):
-        return None
-    return cut
+    whole = all(any(axis is a for a in fact.expr.axes) for axes in cut for axis in axes)
+    # Several axes in one dimension ([B * T]): all of them have to be there, and not one to be broadcast.
+    full = all(len(axes) < 2 or not is_one(shape_of(mask)[d]) for d, axes in enumerate(cut))
+    return cut if whole and full else None
 
 
 def _exclusive(arm: Node, where: Node) -> set[Node]:

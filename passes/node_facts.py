@@ -102,7 +102,9 @@ def qualified_name(node: Node) -> str:
         return str(node.target)
     parts = re.findall(r"\['([^']+)'\]|\.(?!_modules|_parameters|_buffers)(\w+)", source_name(node))
     path = [a or b for a, b in parts]
-    return ".".join(path[1:] if source_name(node).startswith(("L[", "G[")) else path) or node.name
+    if source_name(node).startswith(("L[", "G[")):
+        path = path[1:] or path  # the first is a variable: self, or the tensor itself
+    return ".".join(path) or node.name
 
 
 @dataclass(eq=False)

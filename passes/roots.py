@@ -41,7 +41,7 @@ from .node_facts import (
     written_by,
 )
 from .sizes import Sizes
-from .token_rules import RULES, argument, pointwise, shape_of
+from .token_rules import RULES, argument, cast, normalise, pointwise, shape_of
 
 # Operations that hand on ids as they are, if only in another shape.
 _ID_VIEWS = frozenset(
@@ -54,7 +54,7 @@ def find_roots(gm: GraphModule, inputs: dict[Node, Any], config: QuantConfig) ->
     sizes = Sizes(gm)
     lookups = _vocabulary_lookups(gm, config)
     hidden = _hidden_states(gm, inputs)
-    if lookups and not (hidden is not None and _is_beside(hidden, lookups[0], config)):
+    if lookups and not (hidden is not None and _is_beside(gm, hidden, lookups[0], config)):
         written = {written_by(n) for n in gm.graph.nodes}
         entries: dict[Node, Fact] = {}
         roots: dict[Node, Root] = {}
@@ -161,15 +161,31 @@ def _holds_declared_ids(table: Node, config: QuantConfig) -> bool:
     return bool(declared) and _rows(table) > max(declared)
 
 
-def _is_beside(hidden: Node, lookup: tuple[Node, Node, Node], config: QuantConfig) -> bool:
+def _is_beside(
+    gm: GraphModule, hidden: Node, lookup: tuple[Node, Node, Node], config: QuantConfig
+) -> bool:
     """True if hidden states were handed in, and the look-up only adds positions or segments to them."""
     node, table, _ = lookup
-    looked_up, given = shape_of(node), shape_of(hidden)
-    return (
-        len(looked_up) > 1
-        and all(statically_equal(a, b) for a, b in zip(looked_up[-2:], given[-2:], strict=True))
-        and not _holds_declared_ids(table, config)
-    )
+    if _holds_declared_ids(table, config):
+        return False
+    for _, linear in linears_of(gm):
+        above = set(_pointwise_above(linear.x))
+        if hidden in above or node in above:
+            return hidden in above and node in above
+    return False
+
+
+def _pointwise_above(node: Node) -> Iterator[Node]:
+    """A value and what it is computed from elementwise, or by a norm over features."""
+    pending, seen = [node], {node}
+    while pending:
+        node = pending.pop()
+        yield node
+        same_shape = RULES.get(op_name(node)) in (pointwise, cast, normalise)
+        for above in node.all_input_nodes if same_shape and node.op != "placeholder" else []:
+            if above not in seen:
+                seen.add(above)
+                pending.append(above)
 
 
 def comes_from_caller(node: Node) -> bool:

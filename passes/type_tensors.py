@@ -104,7 +104,7 @@ class TypeTensors:
             return self.call(aten.full_like.default, inner, expr.args[1])
         assert expr.op == "merge", expr.op
         _, mask, layout, index, negated, _, named = expr.args
-        mask = self._mask_over(mask, layout, expr.axes)
+        mask = self._mask_over(mask, layout, expr.axes, inner)
         if negated:
             mask = self.call(aten.logical_not.default, mask)
         if not named:
@@ -177,13 +177,15 @@ class TypeTensors:
 
     # ------------------------------------------------------------------ shapes
 
-    def _mask_over(self, mask: Node, layout: Layout, axes: Sequence[Axis]) -> Node:
+    def _mask_over(self, mask: Node, layout: Layout, axes: Sequence[Axis], types: Node) -> Node:
         """Bring a merge's mask into the dimensions of the type tensor, up to broadcasting."""
-        kept = [axes_of_dim for axes_of_dim in layout if axes_of_dim]
         for dim in reversed(range(len(layout))):
             if not layout[dim]:
                 mask = self.call(aten.select.int, mask, dim, 0)
-        order = [next(i for i, a in enumerate(axes) if a is x[0]) for x in kept]
+        kept = [axes_of_dim for axes_of_dim in layout if axes_of_dim]
+        order = [_position(axis, axes) for axes_of_dim in kept for axis in axes_of_dim]
+        if len(order) != len(kept):
+            mask = self.call(aten.reshape.default, mask, [self.size(types, i) for i in order])
         mask = self.call(
             aten.permute.default, mask, sorted(range(len(order)), key=order.__getitem__)
         )
@@ -209,36 +211,39 @@ class TypeTensors:
         current = [a for a in axes if not is_one(a.size)]
         # Cut axes that the activation has cut (windows, blocks).
         while split := [a for f in flat for a in current if a is not f and _is_below(f, a)]:
-            at = next(i for i, a in enumerate(current) if a is split[0])
+            at = _position(split[0], current)
             children = _children_towards(split[0], flat)
             sizes = [self.size(types, d) for d in range(len(current))]
             sizes[at : at + 1] = [c.size if isinstance(c.size, int) else -1 for c in children]
             types = self.call(aten.reshape.default, types, sizes)
             current[at : at + 1] = children
-        order = [
-            next(i for i, a in enumerate(current) if a is f) for f in flat if _among(f, current)
-        ]
+        order = [_position(f, current) for f in flat if _among(f, current)]
         types = self.call(aten.permute.default, types, order)
         # Every dimension of x, and every axis that only repeats types, gets a dimension of its own ...
-        dims: list[Axis | None] = [a for x_dim in layout for a in (x_dim or (None,))]
-        for position, axis in enumerate(dims):
-            if axis is None or not _among(axis, current):
-                types = self.call(aten.unsqueeze.default, types, position)
-        repeats = [
-            axis.size if axis is not None and not _among(axis, current) else -1 for axis in dims
-        ]
+        target = [self.size(x, d) for d in range(len(shape))]
+        repeats: list[Any] = []
+        for size, x_dim in zip(target, layout, strict=True):
+            for axis in x_dim or (None,):
+                if axis is None or not _among(axis, current):
+                    types = self.call(aten.unsqueeze.default, types, len(repeats))
+                    repeats.append(size if axis is None else axis.size)
+                else:
+                    repeats.append(-1)
         types = self.call(aten.expand.default, types, repeats)
         # ... and then those of x are put together.
-        target = [self.size(x, d) for d in range(len(shape))]
-        if len(dims) != len(target):
+        if len(repeats) != len(target):
             types = self.call(aten.reshape.default, types, target)
-        return self.call(aten.expand.default, types, target)
+        return types
 
 
 def _has_merge(expr: TypeExpr) -> bool:
     if expr.op in ("tokens", "merge"):
         return expr.op == "merge"
     return any(_has_merge(e) for e in (expr.args[1:] if expr.op == "cat" else expr.args[:1]))
+
+
+def _position(axis: Axis, axes: Sequence[Axis]) -> int:
+    return next(i for i, a in enumerate(axes) if a is axis)
 
 
 def _among(axis: Axis, axes: Sequence[Axis]) -> bool:

@@ -93,7 +93,7 @@ def is_noticed(case: Case) -> bool:
     """True if the check fails, or if a type tensor of an impossible shape makes the graph fail."""
     try:
         return problem_of(case) is not None
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         return True
 
 
