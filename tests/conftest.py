@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Deterministic, so that a red run can be repeated: to hunt for more, pass --hypothesis-seed=random
-# after setting derandomize to False here.
+# Deterministic, so that a red run can be repeated; --hypothesis-profile=random hunts for more.
 settings.register_profile("freeact", deadline=None, database=None, derandomize=True)
+settings.register_profile("random", deadline=None, database=None)
 settings.load_profile("freeact")
 # The models are tiny: a second thread costs more than it gives.
 torch.set_num_threads(1)

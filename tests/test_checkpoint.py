@@ -195,22 +195,34 @@ def test_fine_tuned_weights_are_packed_anew(calibrated: Checkpoint) -> None:
     assert float((got - want).norm() / want.norm()) < 0.15
 
 
+class LastLinear(nn.Module):
+    def __init__(self, model: TinyModel) -> None:
+        super().__init__()
+        self.blocks = model.blocks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks[1].down(x)
+
+
 @pytest.mark.parametrize("plan", ["single", "shift"])
 def test_fine_tuned_bias_is_seen(plan: str) -> None:
     """The codes are still those of the weight, the bias table is not."""
-    model = tiny_model()
-    options = {"compiler": "eager", "checkpoint": checkpoint_of(model, plan), "quantize": True}
-    linear = model.blocks[1].down
+    checkpoint = checkpoint_of(tiny_model(), plan)
+    model = LastLinear(tiny_model()).eval()
+    x, types = torch.ones(2, 5, 96), torch.zeros(2, 5, dtype=torch.int32)
 
     def run() -> torch.Tensor:
         torch._dynamo.reset()
-        compiled = torch.compile(linear, backend="freeact", options=options)
-        with torch.no_grad(), freeact_fx.token_types(torch.zeros(2, 5, dtype=torch.int32)):
-            return compiled(torch.ones(2, 5, 96))
+        options = {"compiler": "eager", "checkpoint": checkpoint}
+        compiled = torch.compile(model, backend="freeact", options=options)
+        with torch.no_grad(), freeact_fx.token_types(types):
+            result = compiled(x)
+        assert freeact_fx.explain(compiled)["blocks.1.down"].plan == plan
+        return result
 
     before = run()
     with torch.no_grad():
-        linear.bias.add_(1)
+        model.blocks[1].down.bias.add_(1)
     assert torch.allclose(run(), before + 1, atol=1e-5)
 
 
