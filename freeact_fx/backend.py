@@ -65,6 +65,7 @@ def quantise_graph(
 ) -> Callable[..., Any]:
     """The passes, then the compiler. ``gm`` is edited; ``original`` runs it as it was."""
     inputs = dict(zip(_placeholders(gm), example_inputs, strict=True))
+    compat.name_arguments(gm)
     # A converted Linear says which types it was made for; detect needs no more than the options.
     config = chosen.config_for(gm)
     packer = Packer(config, chosen.checkpoint)
@@ -112,6 +113,7 @@ def observe_graph(
     """
     compat.guard_identity(gm)
     gm = compat.copy_of_graph(gm)
+    compat.name_arguments(gm)
     inputs = dict(zip(_placeholders(gm), example_inputs, strict=True))
     paths = compat.module_paths(example_inputs)
     gm = detect_linears(gm, inputs=inputs, config=config, paths=paths)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import register_decomposition
 from torch.fx import GraphModule, Node
 
+from .passes.node_facts import source_name
 from .report_log import paths_of
 
 __all__ = ["compile_with_inductor", "mode_options", "register_decomposition", "traced_module"]
@@ -151,6 +153,21 @@ def module_paths(tensors: Iterable[Any]) -> dict[int, str]:
             if paths:
                 return paths
     return {}
+
+
+def name_arguments(gm: GraphModule) -> None:
+    """Give positional arguments behind a ``*args`` wrapper the names that the module's ``forward`` has for them.
+
+    Hugging Face wraps ``forward``: of ``model(ids, mask)`` Dynamo sees ``args[0]`` and ``args[1]``.
+    """
+    module = traced_module()
+    if module is None:
+        return
+    names = list(inspect.signature(module.forward).parameters)
+    for node in gm.graph.nodes:
+        found = re.fullmatch(r"L\['args'\]\[(\d+)\]", source_name(node))
+        if node.op == "placeholder" and found and int(found[1]) < len(names):
+            node.meta["freeact_argument"] = names[int(found[1])]
 
 
 def guard_identity(gm: GraphModule) -> None:

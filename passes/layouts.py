@@ -139,7 +139,7 @@ def _cut(axes: list[Axis], sizes: Sequence[Size]) -> list[tuple[Axis, ...]] | No
                 axis, back = axis.split([missing, axis.size // missing])
                 pending.insert(0, back)
             taken.append(axis)
-            missing //= axis.size  # type: ignore[operator]
+            missing //= axis.size
         result.append(tuple(taken))
     return result
 

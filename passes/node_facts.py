@@ -89,6 +89,8 @@ def statically_equal(a: Size, b: Size) -> bool:
 
 def source_name(node: Node) -> str:
     """What Dynamo calls a placeholder, e.g. ``L['self']._modules['lm_head']._parameters['weight']``."""
+    if "freeact_argument" in node.meta:
+        return f"L['{node.meta['freeact_argument']}']"
     grapharg = node.meta.get("grapharg")
     source = getattr(grapharg, "source", None) or getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", None)

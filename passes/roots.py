@@ -132,18 +132,20 @@ def _vocabulary_lookups(gm: GraphModule, config: QuantConfig) -> list[tuple[Node
         ids = next((a for a in operands if not value_of(a).is_floating_point()), None)
         if table is not None and ids is not None and comes_from_caller(ids):
             found.append((node, table, ids))
-    independent = [
-        (node, table, ids)
-        for node, table, ids in found
-        if not any(
-            other_table is not table and _ids_path(other, set())[0] in ancestors([ids])
-            for _, other_table, other in found
-        )
-    ]
+    independent = [lookup for lookup in found if not _is_counted_from_ids(lookup, found)]
     if not independent:
         return []
     best = max(independent, key=lambda lookup: _vocabulary_rank(lookup, config))[1]
     return [lookup for lookup in independent if lookup[1] is best]
+
+
+def _is_counted_from_ids(
+    lookup: tuple[Node, Node, Node], others: list[tuple[Node, Node, Node]]
+) -> bool:
+    """True if the indices (positions) are computed from what is looked up in another table."""
+    _, table, indices = lookup
+    above = ancestors([indices])
+    return any(t is not table and _ids_path(i, set())[0] in above for _, t, i in others)
 
 
 def _vocabulary_rank(lookup: tuple[Node, Node, Node], config: QuantConfig) -> tuple[Any, ...]:
