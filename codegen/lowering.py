@@ -23,9 +23,9 @@ def register() -> None:
 
     Through Inductor's global table: a ``decompositions=`` argument to ``compile_fx`` would bypass the graph cache.
     """
-    register_decomposition([torch.ops.freeact.transform_quantize.default])(_transform_quantize)
-    register_decomposition([torch.ops.freeact.transform_quantize_branch.default])(
-        reference.transform_quantize
+    register_decomposition(torch.ops.freeact.transform_quantize.default, _transform_quantize)
+    register_decomposition(
+        torch.ops.freeact.transform_quantize_branch.default, reference.transform_quantize
     )
 
 

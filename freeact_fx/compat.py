@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._inductor import config as inductor_config
+from torch._inductor import decomposition as inductor_decomposition
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.decomposition import register_decomposition
 from torch.fx import GraphModule, Node
 
 from .passes.node_facts import source_name
@@ -70,6 +70,16 @@ class _Both(CustomGraphPass):
     def uuid(self) -> Any:
         theirs = self._theirs.uuid()
         return None if theirs is None else (theirs, self._ours.uuid())
+
+
+def register_decomposition(op: torch._ops.OpOverload, function: Callable[..., Any]) -> None:
+    """Have Inductor replace an op by what ``function`` traces to.
+
+    Inductor copies its table at the first compilation of the process and keeps the copy: it must go, or a process that
+    compiled anything before would run our op as an opaque call.
+    """
+    inductor_decomposition.register_decomposition([op])(function)
+    inductor_decomposition.fast_random_decomps.cache_clear()
 
 
 def compile_with_inductor(

@@ -1,0 +1,62 @@
+"""What Inductor makes of a rewritten graph: read off the code it emits."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor import decomposition
+from torch._inductor.utils import run_and_get_code
+
+import freeact_fx
+from freeact_fx import QuantConfig
+from freeact_fx.codegen import lowering
+
+
+class GatedMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(64)
+        self.gate, self.up = nn.Linear(64, 128, bias=False), nn.Linear(64, 128, bias=False)
+        self.down = nn.Linear(128, 64, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        return x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
+
+
+@pytest.fixture
+def after_a_stock_compilation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The state of a process that compiled with plain Inductor and has not met our backend yet."""
+    for name in ("transform_quantize", "transform_quantize_branch"):
+        op = getattr(torch.ops.freeact, name).default
+        monkeypatch.delitem(decomposition.decompositions, op, raising=False)
+    lowering.register.cache_clear()
+    decomposition.fast_random_decomps.cache_clear()
+    decomposition.select_decomp_table()  # as the first compilation of a process does
+    yield
+    decomposition.fast_random_decomps.cache_clear()
+
+
+@pytest.mark.inductor
+@pytest.mark.usefixtures("after_a_stock_compilation")
+@pytest.mark.parametrize("plan", ["shift", "branch"])
+def test_transforms_are_fused_whatever_was_compiled_before(plan: str) -> None:
+    """Inductor keeps its decompositions from the first compilation of a process on; ours must get in all the same."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 64)
+    with torch.no_grad():
+        model = GatedMLP().eval()
+        want = model(x)
+        freeact_fx.convert(model, QuantConfig(plan=plan, branch_rank=8))
+        got, (code,) = run_and_get_code(torch.compile(model, backend="freeact"), x)
+    calls = Counter(re.findall(r"= (torch\.ops\.freeact\.\w+|extern_kernels\.\w+)", code))
+    assert "transform_quantize" not in "".join(calls)
+    assert calls["torch.ops.freeact.int_mm"] == 3
+    # Two matrix products per transform (gate and up share one) are all that is not fused, besides the branch's.
+    assert len(re.findall(r"extern_kernels\.bmm\(", code)) == 2
+    assert torch.linalg.norm(got - want) < 0.2 * torch.linalg.norm(want)
