@@ -31,6 +31,6 @@ def register() -> None:
 
 def _transform_quantize(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     operands, (widths, slice_of_type, default_type, qmax) = args[:-4], args[-4:]
-    no_branch = (None, widths, slice_of_type, default_type, 0, qmax)
-    codes, scale, _ = reference.transform_quantize(*operands, *no_branch)
+    with_no_branch: Any = (*operands, None, widths, slice_of_type, default_type, 0, qmax)
+    codes, scale, _ = reference.transform_quantize(*with_no_branch)
     return codes, scale
