@@ -8,6 +8,7 @@ that stays as it is has a ``refusal``. Whether it belongs to a vision tower is f
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -108,7 +109,7 @@ def _linear_fact(
         if op_name(weight) != "t" and value_of(weight).dim() != 2:
             return None
         transposed, weight = False, weight.args[0]
-    if not isinstance(weight, Node) or not isinstance(x, Node):
+    if not isinstance(weight, Node) or not isinstance(x, Node) or _is_transformed(x):
         return None
     shape: tuple[Any, ...] = getattr(value_of(weight), "shape", ())
     is_parameter = _is_parameter(gm, weight, inputs)
@@ -120,6 +121,15 @@ def _linear_fact(
     bias = bias if isinstance(bias, Node) else None
     name = _module_name(node, weight, tensor_of(gm, weight, inputs), paths)
     return LinearFact(name, num_features, num_outputs, x, weight, bias, transposed)
+
+
+def _is_transformed(x: Node) -> bool:
+    """True for what ``insert`` made of a Linear when the quantisers are off."""
+    source = x.args[0] if x.target is operator.getitem else None
+    return isinstance(source, Node) and source.target in (
+        torch.ops.freeact.transform_quantize.default,
+        torch.ops.freeact.transform_quantize_branch.default,
+    )
 
 
 def _arguments(node: Node, names: tuple[str, ...]) -> tuple[Any, ...]:

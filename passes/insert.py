@@ -194,6 +194,8 @@ def _record_types(editor: Editor, types: TypeTensors) -> None:
     editor.trailing.num_outputs = len(results)
     if editor.config.num_types == 1 or not isinstance(output.args[0], (tuple, list)):
         return
+    if TRAILING_KEY in editor.gm.meta:
+        return  # a graph that has been through this pass has them
     added = []
     with editor.graph.inserting_before(output):
         for position, result in enumerate(results):
