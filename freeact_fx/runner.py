@@ -38,7 +38,7 @@ class _Root(Protocol):
 class _Trailing(Protocol):
     feeds: list[tuple[Any, ...]]
     roots: list[Any]  # of _Root
-    recorded: list[int]
+    recorded: list[tuple[int, list[Any]]]
     num_outputs: int
 
 
@@ -61,24 +61,34 @@ class Runner:
                 return self.original(*args)
         operands = self.bindings.pack(binding, args)
         extra: list[Any] = []
+        unknown: list[_Root] = []
         for kind, what, *name in self.trailing.feeds:
             if kind in ("transform", "packed"):
                 found = operands[what]
                 if not isinstance(found, tuple):
                     raise ConfigError(f"{binding.names[what]}: {found}.")
                 extra.append(getattr(found[kind == "packed"], name[0]))
+            elif kind == "explicit":
+                extra.append(self._explicit(what, args))
             else:
-                make = self._explicit if kind == "explicit" else self._recorded
-                extra.append(make(what, args))
+                types = self._recorded(what, args)
+                if types is None and explicit_types() is None:
+                    unknown.append(what)
+                extra.append(_no_types(what.shape(args), what.device) if types is None else types)
+        if any(root.is_needed for root in unknown):
+            self._warn_default()
         with torch.no_grad():
             outputs = self.compiled(*args, *extra)
         if not self.trailing.recorded:
             return outputs
         own = outputs[: self.trailing.num_outputs]
-        for position, types in zip(
+        for (position, roots), types in zip(
             self.trailing.recorded, outputs[self.trailing.num_outputs :], strict=True
         ):
-            if isinstance(own[position], Tensor):
+            # Types that rest on nothing must not be taken for known ones by the next graph.
+            if isinstance(own[position], Tensor) and not any(
+                r is u for r in roots for u in unknown
+            ):
                 _recorded[own[position]] = (_version(own[position]), types)
         return own
 
@@ -100,16 +110,14 @@ class Runner:
             _checked[types] = True
         return types.to(root.device)
 
-    def _recorded(self, root: _Root, args: Sequence[Any]) -> Tensor:
-        """Types that an earlier graph recorded for the hidden states that come in, [B, T] int32; else -1."""
+    def _recorded(self, root: _Root, args: Sequence[Any]) -> Tensor | None:
+        """Types [B, T] int32 that an earlier graph recorded for the hidden states that come in, or None."""
         shape = root.shape(args)
         for holder in root.holders:
             version, types = _recorded.get(args[holder], (None, None))
             if version == _version(args[holder]) and tuple(types.shape) == shape:
                 return types
-        if root.is_needed and explicit_types() is None:
-            self._warn_default()
-        return _no_types(shape, root.device)
+        return None
 
     def _warn_default(self) -> None:
         """Types exist, but nothing says which tokens have them: say so once."""

@@ -202,7 +202,7 @@ def _record_types(editor: Editor, types: TypeTensors) -> None:
             fact = result.meta.get(TOKENS_KEY) if isinstance(result, Node) else None
             if isinstance(fact, TokenFact) and fact.layout and not fact.layout[-1]:
                 added.append(types.of(fact, result, needed=False))
-                editor.trailing.recorded.append(position)
+                editor.trailing.recorded.append((position, types.rests_on(fact)))
     output.args = ((*results, *added),)
 
 

@@ -41,7 +41,15 @@ from .node_facts import (
     written_by,
 )
 from .sizes import Sizes
-from .token_rules import RULES, argument, cast, normalise, pointwise, shape_of
+from .token_rules import (
+    RULES,
+    argument,
+    cast,
+    normalise,
+    pointwise,
+    pointwise_lost,
+    shape_of,
+)
 
 # Operations that hand on ids as they are, if only in another shape.
 _ID_VIEWS = frozenset(
@@ -54,7 +62,7 @@ def find_roots(gm: GraphModule, inputs: dict[Node, Any], config: QuantConfig) ->
     sizes = Sizes(gm)
     lookups = _vocabulary_lookups(gm, config)
     hidden = _hidden_states(gm, inputs)
-    if lookups and not (hidden is not None and _is_beside(gm, hidden, lookups[0], config)):
+    if lookups and not (hidden is not None and _is_beside(gm, hidden.node, lookups[0], config)):
         written = {written_by(n) for n in gm.graph.nodes}
         entries: dict[Node, Fact] = {}
         roots: dict[Node, Root] = {}
@@ -67,24 +75,27 @@ def find_roots(gm: GraphModule, inputs: dict[Node, Any], config: QuantConfig) ->
                 roots[key] = Root(origin, True, tuple(Axis(s) for s in shape_of(origin)))
             entries[lookup] = _through(path, roots[key], sizes)
         return entries
-    if hidden is None:
-        return {}
-    root = Root(hidden, False, tuple(Axis(s) for s in shape_of(hidden)[:-1]))
-    if not sizes.can_tell(shape_of(hidden)[:-1]):
-        return {hidden: Lost("how many tokens there are is not known before the graph runs")}
+    return {} if hidden is None else _hidden_entries(gm, hidden, sizes)
+
+
+def _hidden_entries(gm: GraphModule, hidden: Root, sizes: Sizes) -> dict[Node, Fact]:
+    if not sizes.can_tell([axis.size for axis in hidden.axes]):
+        return {hidden.node: Lost("how many tokens there are is not known before the graph runs")}
     written_in = merge_sources(gm)
     beside = [
         node
         for node in gm.graph.nodes
         if node.op == "placeholder" and node not in written_in and _is_like(node, hidden)
     ]
-    root.holders = (hidden, *(n for n in beside if n is not hidden))
-    return dict.fromkeys(root.holders, _entry(root))
+    hidden.holders = (hidden.node, *(n for n in beside if n is not hidden.node))
+    return {node: _entry(hidden, node) for node in hidden.holders}
 
 
-def _entry(root: Root) -> TokenFact:
+def _entry(root: Root, node: Node) -> TokenFact:
+    """The fact of an argument whose leading dimensions are the root's."""
     expr = TypeExpr("tokens", (root,), root.axes)
-    return TokenFact(expr, (*layout_of_axes(root.axes), ()))
+    features = len(shape_of(node)) - len(root.axes)
+    return TokenFact(expr, layout_of_axes(root.axes) + ((),) * features)
 
 
 def _through(path: list[Node], root: Root, sizes: Sizes) -> Fact:
@@ -218,8 +229,8 @@ def ancestors(nodes: Iterable[Node]) -> set[Node]:
 # ---------------------------------------------------------------------------------------------- hidden states
 
 
-def _hidden_states(gm: GraphModule, inputs: dict[Node, Any]) -> Node | None:
-    """The argument whose tokens the first Linear reads; without a Linear, what the first merge writes into."""
+def _hidden_states(gm: GraphModule, inputs: dict[Node, Any]) -> Root | None:
+    """The argument whose tokens the first Linear reads; without one, what a merge writes into or the graph returns."""
     candidates = {n for n in gm.graph.nodes if n.op == "placeholder" and _may_be_hidden(n, inputs)}
     written = merge_sources(gm)
     for node, linear in linears_of(gm):
@@ -227,36 +238,66 @@ def _hidden_states(gm: GraphModule, inputs: dict[Node, Any]) -> Node | None:
             continue
         reaching = [n for n in _tokens_above(linear.x) if n in candidates]
         exact = [n for n in reaching if statically_equal(shape_of(n)[-1], linear.num_features)]
-        if reaching:
-            return (exact or reaching)[0]
-    for node in gm.graph.nodes:
-        operands = merge_operands(node)
-        if operands is not None and operands[0] in candidates:
-            return operands[0]
+        for candidate in (*exact, *reaching):
+            axes = _token_axes(candidate, linear.x)
+            if axes is not None:
+                return Root(candidate, False, axes)
+    if linears_of(gm):
+        return None
+    (output,) = [n for n in gm.graph.nodes if n.op == "output"]
+    merged = [m[0] for n in gm.graph.nodes if (m := merge_operands(n)) is not None]
+    for read in (*merged, *output.all_input_nodes):
+        for candidate in _tokens_above(read):
+            if candidate in candidates and len(shape_of(candidate)) < 4:
+                return Root(candidate, False, _all_but_last(candidate))
     return None
 
 
 def _may_be_hidden(node: Node, inputs: dict[Node, Any]) -> bool:
-    """A floating input [..., T, H] of the call with one or two token dimensions; no parameter, no buffer."""
+    """A floating input of the call, tokens first and features last; no parameter, no buffer."""
     value = value_of(node)
     return (
         isinstance(value, Tensor)
         and value.is_floating_point()
-        and value.dim() in (2, 3)
+        and value.dim() >= 2
         and not isinstance(inputs.get(node), torch.nn.Parameter)
         and not is_own(node)
     )
 
 
-def _is_like(node: Node, hidden: Node) -> bool:
-    """Hidden states of the same shape hold the same tokens (a residual)."""
-    a, b = value_of(node), value_of(hidden)
+def _all_but_last(node: Node) -> tuple[Axis, ...]:
+    return tuple(Axis(size) for size in shape_of(node)[:-1])
+
+
+def _token_axes(hidden: Node, x: Node) -> tuple[Axis, ...] | None:
+    """The leading dimensions of an argument that are still there in a Linear's activation.
+
+    The others are features: of an attention's output [B, T, heads, size] the Linear reads the heads side by side.
+    """
+    shape, between = shape_of(hidden), ancestors([x]) | {x}
+    for count in reversed(range(1, len(shape))):
+        root = Root(hidden, False, tuple(Axis(size) for size in shape[:count]))
+        known: dict[Any, Fact] = {hidden: _entry(root, hidden)}
+        for node in hidden.graph.nodes:
+            if node in between and node.op in ("call_function", "call_method"):
+                rule = cast if merge_operands(node) else RULES.get(op_name(node), pointwise_lost)
+                known[node] = rule(node, known.get)
+        fact = known.get(x)
+        if isinstance(fact, TokenFact) and not fact.layout[-1]:
+            return root.axes
+    # The types will be lost on the way, and the reason told; a picture [B, C, H, W] holds no tokens.
+    return _all_but_last(hidden) if len(shape) < 4 else None
+
+
+def _is_like(node: Node, hidden: Root) -> bool:
+    """Hidden states with the same leading dimensions hold the same tokens (a residual)."""
+    value, count = value_of(node), len(hidden.axes)
     return (
-        isinstance(a, Tensor)
-        and a.is_floating_point()
+        isinstance(value, Tensor)
+        and value.is_floating_point()
         and not is_own(node)
-        and a.dim() == b.dim()
-        and all(statically_equal(x, y) for x, y in zip(a.shape, b.shape, strict=True))
+        and value.dim() > count
+        and all(statically_equal(s, a.size) for s, a in zip(value.shape, hidden.axes, strict=False))
     )
 
 

@@ -49,12 +49,15 @@ class TypeTensors:
         key = (fact, tuple(map(str, value_of(x).shape[:-1])))
         if key not in self._made:
             self._made[key] = self._arrange(self._types(fact.expr), fact, x)
-        if needed and not _has_merge(fact.expr):
-            for root in roots_of(fact.expr):
-                self._root_input(root).is_needed = True
+        for root_input in self.rests_on(fact) if needed else []:
+            root_input.is_needed = True
         node = self._made[key]
         assert node is not None
         return node
+
+    def rests_on(self, fact: TokenFact) -> list[RootInput]:
+        """The roots without which nothing is known of a fact's types; none if a merge knows something."""
+        return [] if _has_merge(fact.expr) else list(map(self._root_input, roots_of(fact.expr)))
 
     # ------------------------------------------------------------------ layers
 
