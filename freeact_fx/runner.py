@@ -121,8 +121,9 @@ class Runner:
 
     def _warn_default(self) -> None:
         """Types exist, but nothing says which tokens have them: say so once."""
-        declared = self.config.token_types != TokenTypes.auto()
-        if self._warned or not (declared or _recorded):
+        types = self.config.token_types
+        several = len(types.types) > 1 and (types != TokenTypes.auto() or bool(_recorded))
+        if self._warned or not several:
             return
         self._warned = True
         warnings.warn(

@@ -115,6 +115,8 @@ def _linear_fact(
     is_parameter = _is_parameter(gm, weight, inputs)
     if op != "linear" and (len(shape) != 2 or not is_parameter):
         return None  # an ordinary matrix product
+    if op != "linear" and _is_parameter(gm, x, inputs):
+        return None  # weights among themselves (an adapter that is merged in the graph)
     if len(shape) != 2:
         return None
     num_outputs, num_features = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
@@ -151,7 +153,7 @@ def _is_parameter(gm: GraphModule, node: Node, inputs: dict[Node, Any]) -> bool:
 
 
 def _module_name(node: Node, weight: Node, tensor: Tensor | None, paths: Mapping[int, str]) -> str:
-    if tensor is not None and id(tensor) in paths:
+    if tensor is not None and paths.get(id(tensor)):
         return paths[id(tensor)]
     if weight.op in ("placeholder", "get_attr"):
         return qualified_name(weight).rpartition(".")[0] or qualified_name(weight)
