@@ -277,7 +277,8 @@ def _token_axes(hidden: Node, x: Node) -> tuple[Axis, ...] | None:
     shape, between = shape_of(hidden), ancestors([x]) | {x}
     for count in reversed(range(1, len(shape))):
         root = Root(hidden, False, tuple(Axis(size) for size in shape[:count]))
-        known: dict[Any, Fact] = {hidden: _entry(root, hidden)}
+        arguments = [n for n in hidden.graph.nodes if n.op == "placeholder" and _is_like(n, root)]
+        known: dict[Any, Fact] = {n: _entry(root, n) for n in arguments}
         for node in hidden.graph.nodes:
             if node in between and node.op in ("call_function", "call_method"):
                 rule = cast if merge_operands(node) else RULES.get(op_name(node), pointwise_lost)
