@@ -8,7 +8,6 @@ and must agree with them.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -457,7 +456,7 @@ def by_export(
 
 
 def by_dynamo(
-    model: Model, program: Program, config: QuantConfig, *, dynamic: bool = False
+    model: Model, program: Program, config: QuantConfig
 ) -> tuple[Callable[..., Any], list[LinearFact]]:
     torch._dynamo.reset()
     facts: list[LinearFact] = []
@@ -470,15 +469,9 @@ def by_dynamo(
         return runner
 
     compiled = torch.compile(model, backend=backend, fullgraph=True)
-    inputs = program.inputs()
-    for tensor in inputs if dynamic else ():
-        torch._dynamo.maybe_mark_dynamic(tensor, [0, 1])
     with torch.no_grad(), context_of(program):
-        compiled(*inputs)
+        compiled(*program.inputs())
     return compiled, facts
-
-
-by_dynamo_with_symbolic_sizes = functools.partial(by_dynamo, dynamic=True)
 
 
 def check(program: Program, plan: str, sink: str | None, traced: Traced) -> int:
@@ -513,12 +506,6 @@ def test_symbolic_trace(program: Program, plan: str, sink: str | None) -> None:
 @given(programs(), PLANS, SINKS)
 def test_dynamo(program: Program, plan: str, sink: str | None) -> None:
     check(program, plan, sink, by_dynamo)
-
-
-@settings(SETTINGS, max_examples=20)
-@given(programs(), PLANS, SINKS)
-def test_symbolic_sizes(program: Program, plan: str, sink: str | None) -> None:
-    check(program, plan, sink, by_dynamo_with_symbolic_sizes)
 
 
 @settings(SETTINGS, max_examples=30)
