@@ -23,7 +23,7 @@ from .token_types import TokenTypes, check_type_range, explicit_types
 
 # Hidden states that left a graph -> (their version, the types of their tokens).
 _recorded: WeakIdKeyDictionary = WeakIdKeyDictionary()
-# Type tensors whose numbers are known to be in range: checking waits for the device, so it is done once.
+# Type tensors whose numbers are known to be in range, by version: checking waits for the device, so it is done once.
 _checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -105,9 +105,10 @@ class Runner:
                 f"token_types(types): the tokens of {self.label} have shape {list(shape)}, "
                 f"types has {list(types.shape)}. Give one type per token of this call."
             )
-        if types not in _checked:
+        version = 0 if types.is_inference() else types._version
+        if _checked.get(types) != version:
             check_type_range(types, self.config.type_names)
-            _checked[types] = True
+            _checked[types] = version
         return types.to(root.device)
 
     def _recorded(self, root: _Root, args: Sequence[Any]) -> Tensor | None:

@@ -117,6 +117,19 @@ def test_type_out_of_range_in_eager_mode() -> None:
         model(masked_ids())
 
 
+def test_type_out_of_range_is_found_after_good_ones() -> None:
+    """A tensor that was checked once is not trusted after it was written to."""
+    model = torch.compile(
+        tiny_model(), backend="freeact", options={"compiler": "eager", **CONFIG.to_dict()}
+    )
+    types = torch.zeros(2, 16, dtype=torch.int32)
+    with torch.no_grad(), freeact_fx.token_types(types):
+        model(masked_ids())
+        types[0, 0] = 7
+        with pytest.raises(ConfigError, match="type numbers must be below 3"):
+            model(masked_ids())
+
+
 # ------------------------------------------------------------------ declarations
 
 
@@ -420,6 +433,7 @@ def test_checkpoint_of_a_model_with_other_names(calibrated: Checkpoint) -> None:
         freeact_fx.convert(model, calibrated)
     # Compiled, it is a reason of each Linear; under strict=True an error.
     model, x = OneLinear().eval(), torch.randn(3, 48)
+    compile_and_run(model, x, checkpoint=calibrated)
     (row,) = freeact_fx.explain(model, x, options={"checkpoint": calibrated}).linears
     assert str(row.reason).startswith("not in the checkpoint")
     with pytest.raises(BackendCompilerFailed, match=literally("inner: not in the checkpoint")):
