@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from freeact_fx.config import QuantConfig
 from freeact_fx.transform import GroupTransform
 
-from .node_facts import set_value, value_of
-from .sizes import SizeReader
+from .node_facts import Size, constant_size, set_value, value_of
+from .sizes import SizeReader, Sizes
 
 aten = torch.ops.aten
 
@@ -86,10 +88,32 @@ class Editor:
             node.meta.update({k: like.meta[k] for k in KEPT_META if k in like.meta})
         return node
 
-    def size(self, node: Node, dim: int) -> Any:
-        """A size as an int, or as a node where it is symbolic."""
-        size = value_of(node).shape[dim]
-        return size if isinstance(size, int) else self.call(aten.sym_size.int, node, dim)
+    def size(self, node: Node, dim: int) -> int | Node:
+        """A size of a node's value, for the arguments of a call."""
+        constant = constant_size(value_of(node).shape[dim])
+        return self.call(aten.sym_size.int, node, dim) if constant is None else constant
+
+    def size_argument(self, size: Size) -> int | Node:
+        """A size that may be of no node's value, computed from the shapes of the graph's inputs."""
+        constant = constant_size(size)
+        if constant is not None:
+            return constant
+        placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
+        symbols = {}
+        for symbol, (position, dim) in Sizes(self.gm).places.items():
+            if symbol in size.node.expr.free_symbols:
+                node = placeholders[position]
+                symbols[symbol] = torch.fx.Proxy(node if dim is None else self.size(node, dim))
+        result: Node = sympy_interp(PythonReferenceAnalysis, symbols, size.node.expr).node
+        self._set_size(result)
+        return result
+
+    def _set_size(self, node: Node) -> None:
+        """Give the arithmetic that computes a size its values."""
+        if value_of(node) is None:
+            for argument in node.all_input_nodes:
+                self._set_size(argument)
+            set_value(node, node.target(*torch.fx.node.map_arg(node.args, value_of)))
 
     def placeholder(self, name: str, value: Tensor, feed: tuple[Any, ...]) -> Node:
         last = [n for n in self.graph.nodes if n.op == "placeholder"][-1:]

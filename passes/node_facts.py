@@ -78,6 +78,11 @@ def written_by(node: Node) -> Node | None:
 _WRITING = frozenset("setitem iadd isub imul itruediv ior iand".split())
 
 
+def constant_size(size: Size) -> int | None:
+    """The number, if it is one: a SymInt may hold a constant."""
+    return size if isinstance(size, int) else size.node.maybe_as_int()
+
+
 def statically_equal(a: Size, b: Size) -> bool:
     """True if two sizes are equal for sure; adds no guard."""
     if isinstance(a, int) and isinstance(b, int):

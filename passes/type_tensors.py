@@ -217,7 +217,7 @@ class TypeTensors:
             at = _position(split[0], current)
             children = _children_towards(split[0], flat)
             sizes = [self.size(types, d) for d in range(len(current))]
-            sizes[at : at + 1] = [c.size if isinstance(c.size, int) else -1 for c in children]
+            sizes[at : at + 1] = [self.editor.size_argument(c.size) for c in children]
             types = self.call(aten.reshape.default, types, sizes)
             current[at : at + 1] = children
         order = [_position(f, current) for f in flat if _among(f, current)]
@@ -229,7 +229,7 @@ class TypeTensors:
             for axis in x_dim or (None,):
                 if axis is None or not _among(axis, current):
                     types = self.call(aten.unsqueeze.default, types, len(repeats))
-                    repeats.append(size if axis is None else axis.size)
+                    repeats.append(size if axis is None else self.editor.size_argument(axis.size))
                 else:
                     repeats.append(-1)
         types = self.call(aten.expand.default, types, repeats)
