@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
@@ -82,7 +83,8 @@ class Editor:
         """Add a call at the insertion point; ``like`` is the user's node whose place in the source it takes."""
         node = self.graph.call_function(op, args, kwargs)
         fake_args, fake_kwargs = torch.fx.node.map_arg((args, kwargs), value_of)
-        with self.fake_mode:
+        # Why the dispatcher: torch 2.11 does not know symbolic sizes in composite ops like linear without it.
+        with self.fake_mode, enable_python_dispatcher():
             set_value(node, op(*fake_args, **fake_kwargs))
         if like is not None:
             node.meta.update({k: like.meta[k] for k in KEPT_META if k in like.meta})

@@ -125,7 +125,8 @@ def test_generate_with_pictures(name: str) -> None:
         assert {s.leading for s in step.values()} == {(2, 1)}
         assert default_only(step)
         assert all(step[n].weight is prefill[n].weight for n in prefill)
-    assert [g.num_calls for g in recorder.graphs] == [1, 1, 3]
+    # Prefill is one graph or, with older transformers, several; of decode steps a first, and one of any length.
+    assert [g.num_calls for g in recorder.graphs[-2:]] == [1, 3]
 
 
 # ------------------------------------------------------------------------------------- lengths

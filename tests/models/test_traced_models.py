@@ -6,7 +6,8 @@ Hugging Face's models run with their own checks on (several graphs for a picture
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 
 import pytest
 from model_zoo import KINDS, PICTURE_MODELS, TEXT_MODELS
@@ -46,6 +47,9 @@ EXPECTED = {
     # Its tower's two blocks share one graph, so five of its Linears are found once for two.
     "qwen2.5-vl": Expected((28, 25), 14, {TOWER: 7, SKIPPED: 1}, DECODER),
 }
+# transformers 5.17 breaks SmolVLM's graph between the mask and the merge: its types cross as recorded ones.
+if version("transformers").startswith("5.17."):
+    EXPECTED["smolvlm"] = replace(EXPECTED["smolvlm"], graphs=(14, 13))
 RUNS = [(name, True) for name in TEXT_MODELS] + [
     (name, checks) for name in PICTURE_MODELS for checks in (True, False)
 ]
@@ -130,13 +134,11 @@ def test_without_quantisers_the_logits_are_the_float_models(name: str, checks: b
 @pytest.mark.parametrize("name", PICTURE_MODELS)
 def test_the_source_of_the_types_is_told(name: str) -> None:
     sources = {f.type_source for g in traced(name, False).recorder.graphs for f in g.linears}
-    by_id = "input_ids == 500"
-    declared = {
-        "qwen2.5-vl": "first position; otherwise as token_types() or an earlier graph says",
-        "smolvlm": "eq(input_ids, 500) -> masked_scatter -> vision; first position; "
-        "otherwise as token_types() or an earlier graph says",
-    }
-    assert declared.get(name, f"{by_id}; first position") in sources
+    crossed = "first position; otherwise as token_types() or an earlier graph says"
+    merged = f"eq(input_ids, 500) -> masked_scatter -> vision; {crossed}"
+    in_graph = EXPECTED["smolvlm"].graphs == (8, 6)
+    declared = {"qwen2.5-vl": crossed, "smolvlm": merged if in_graph else crossed}
+    assert declared.get(name, "input_ids == 500; first position") in sources
 
 
 def test_kinds_and_expectations_agree() -> None:
