@@ -80,16 +80,17 @@ def _search_clip(fitted: GroupTransform, statistics: GroupStatistics) -> Tensor:
     Why not of the outputs: the transform has made all coordinates matter about equally, and this is far cheaper.
     """
     clip = fitted.clip.clone()
-    for index, (_, tokens) in statistics.sample.items():
-        types = torch.full((tokens.shape[0],), index, device=clip.device)
-        z, _ = _transformed(fitted, tokens.to(clip.device), types)
+    tokens, types = (t.to(clip.device) for t in statistics.samples())
+    seen = types.unique().tolist()
+    for index in seen:
+        z, _ = _transformed(fitted, tokens[types == index], types[types == index])
         errors = []
         for candidate in _CLIPS:
             ratio = torch.tensor([candidate], device=clip.device)
             codes, scale = quantize_tokens(z, ratio, statistics.config.qmax)
             errors.append(float((codes.float() * scale - z).square().sum()))
         clip[index] = _CLIPS[errors.index(min(errors))]
-    clip[-1] = max(clip[i] for i in statistics.sample)
+    clip[-1] = max(clip[i] for i in seen)
     return clip
 
 

@@ -1,6 +1,6 @@
 """What calibration keeps of one group's activations: counts, means and second moments by type, and sampled tokens.
 
-Memory per group: ``seen types * (K^2 + sample_tokens * K) * 4`` bytes.
+Memory per group: ``seen types * (K^2 + 2 * sample_tokens * K) * 4`` bytes.
 """
 
 from __future__ import annotations
@@ -63,16 +63,21 @@ class GroupStatistics:
         if index in self.sample:
             keys = torch.cat([self.sample[index][0], keys])
             tokens = torch.cat([self.sample[index][1], tokens.cpu()])
-        best = keys.topk(min(self.config.sample_tokens, keys.shape[0])).indices
+        best = keys.topk(min(2 * self.config.sample_tokens, keys.shape[0])).indices
         self.sample[index] = (keys[best], tokens.cpu()[best].clone())
 
-    def samples(self) -> tuple[Tensor, Tensor]:
-        """Sampled tokens [n, K] and their types [n]."""
-        tokens = [tokens for _, (_, tokens) in sorted(self.sample.items())]
-        types = [
-            torch.full((kept.shape[0],), index) for index, (_, kept) in sorted(self.sample.items())
-        ]
-        return torch.cat(tokens), torch.cat(types)
+    def samples(self, *, held_out: bool = False) -> tuple[Tensor, Tensor]:
+        """Sampled tokens [n, K] and their types [n]: at most ``sample_tokens`` of each type, in the order of the types.
+
+        held_out  False: the half to fit on; True: the other, to compare what was fitted. They have no token in
+                  common, except that a type of which one token was seen has it in both.
+        """
+        halves = {}
+        for index, (_, tokens) in sorted(self.sample.items()):
+            # By their keys the tokens are in random order, so every second one is a random half.
+            halves[index] = tokens[1::2] if held_out and tokens.shape[0] > 1 else tokens[::2]
+        types = [torch.full((half.shape[0],), index) for index, half in halves.items()]
+        return torch.cat(list(halves.values())), torch.cat(types)
 
     def gram(self) -> Tensor:
         """Sum of ``W W^T`` over the group's Linears, [K, K] fp64."""
