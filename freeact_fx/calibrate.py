@@ -1,51 +1,71 @@
 """Collect statistics of the activations of every group, and fit its transform.
 
-The model runs over the batches through the same ``detect`` and ``annotate`` as the backend; in front of each group an
-observer takes what it needs (``statistics``). Whatever compiles can be calibrated. Then each group is fitted (``fit``).
+The model runs over the batches with observers in front of its groups (``observe``), which collect counts, means, second
+moments and samples of tokens (``token_moments``). Then each group is fitted (``fit``) and its statistics are freed. If
+the statistics of all groups do not fit into memory, groups take turns: a pass over the batches for as many as fit, then
+their fits, then the next pass.
 
-Memory: that of ``statistics`` summed over the groups of the model: 1.2 GB for SmolLM2-135M (K = 576 and 1536) with
-three types.
+Memory
+    Statistics of a group of K channels with T token types take ``T * (4 K^2 + 8 (sample_tokens + 1) K)`` bytes, on the
+    device of its weights. A layer of an 8B model (K = 4096 three times, 12288 once; T = 3) takes 2.4 GB for moments and
+    0.2 GB for samples, so its 32 layers 82 GB. Beside 16 GB of weights on a GPU of 80 GB half of the free 64 GB is
+    taken, 12 layers in each of three passes; the host holds no more than the result, 4.5 GB. Fitting one group takes
+    about ten matrices ``[K, K]`` in fp64 besides: 12 GB for K = 12288.
 """
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .checkpoint import Checkpoint, PackedEntry, fingerprint
 from .config import QuantConfig
 from .errors import ConfigError
 from .fit import PLANS_TO_FIT, fit_group
-from .statistics import MIN_TOKENS_FOR_MEAN, GroupStatistics
-from .transform import GroupTransform
+from .observe import fit_cost, observed
+from .progress import Progress
+from .resume import RunFolder
+from .spool import Batches
+from .statistics import GroupStatistics
+from .transform import PackedLinear
 
-if TYPE_CHECKING:
-    from .passes.node_facts import LinearFact
+# A token type of which fewer tokens were seen is reported as rare.
+FEW_TOKENS = 8
 
 
 def calibrate(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | None,
     config: QuantConfig | None = None,
     *,
     progress: bool = True,
+    max_bytes: int | None = None,
+    resume: str | Path | None = None,
 ) -> Checkpoint:
     """Run a model over batches and fit the transform of every group.
 
-    model    dense, any device; it is run in eval mode under no_grad and not changed
-    batches  any iterable of inputs: a mapping is passed as keyword arguments, a tuple or list as positional ones,
-             anything else as the only argument. For a diffusion language model mask them at various ratios
-    config   None: the default one. ``plan`` must be "auto", "single", "shift" or "branch" so far
-    progress show progress bars
+    model      dense, any device; it is run in eval mode under no_grad and not changed
+    batches    any iterable of inputs: a mapping is passed as keyword arguments, a tuple or list as positional ones,
+               anything else as the only argument. For a diffusion language model mask them at various ratios
+               (``MaskCollator``). What is needed more than once is read again; an iterator is kept on disk
+    config     None: the default one. ``plan`` must be "auto", "single", "shift" or "branch" so far
+    progress   show a progress bar with the time left
+    max_bytes  bound on the statistics that are held at a time on each device; None: half of its free memory. Less
+               means more passes over the batches, not another result
+    resume     a folder in which to keep every group that was fitted, so that a killed run is continued by the same
+               call: with one more pass over the batches, but no group fitted twice, and with the same result. It must
+               be the same model, config and batches; batches=None are those of an iterator, which are kept there.
+               Once finished the folder answers the same call at once; delete it when the checkpoint is saved
 
-    Raises ConfigError if there is nothing to calibrate, for NaN or infinite activations (naming the Linear), and for
-    a plan that calibration cannot fit.
+    Returns a checkpoint on the CPU.
+    Raises ConfigError if there is nothing to calibrate, for NaN or infinite activations (naming the Linear), for a
+    plan that calibration cannot fit, and for a folder of another run.
     """
     config = config or QuantConfig()
     if config.plan not in ("auto", *PLANS_TO_FIT):
@@ -54,111 +74,93 @@ def calibrate(
         )
     if not config.quantize:
         config = replace(config, quantize=True)
-    groups = _observe(model, batches, config, progress)
-    if not groups:
+    folder = None if resume is None else RunFolder(resume, config, model)
+    with closing(_reader(batches, folder)) as reader, closing(Progress(progress)) as bar:
+        if folder is not None and folder.groups is not None:
+            for _ in reader if batches is not None else ():
+                pass  # They must be those of the run.
+            return _joined(config, [folder.load(linears) for linears in folder.groups])
+        fitted: dict[str, Checkpoint] = {}
+        is_done = (lambda linears: False) if folder is None else folder.has
+        with observed(model, config, max_bytes, is_done) as observers:
+            while not observers.groups or observers.is_waiting:
+                complete = observers.collect(reader, bar)
+                if not observers.groups:
+                    raise ConfigError(
+                        "calibrate: no Linear was reached. Give at least one batch, and check QuantConfig.skip; "
+                        "freeact_fx.explain(model, ...) shows every Linear with its reason."
+                    )
+                if folder is not None:
+                    folder.batches_read(reader.digests, kept=reader.once)
+                for statistics in complete:
+                    group = _fit(statistics)
+                    if folder is None:
+                        fitted[statistics.names[0]] = group
+                    else:
+                        folder.save(statistics.names, group)
+                    # The moments are the bulk of the memory, and this group is done with them.
+                    statistics.release()
+                    bar.step(bar.fitting, fit_cost(statistics), f"fitting {statistics.names[0]}")
+            groups = [statistics.names for statistics in observers.groups]
+        if folder is None:
+            return _joined(config, [fitted[linears[0]] for linears in groups])
+        folder.finish(groups)
+        return _joined(config, [folder.load(linears) for linears in groups])
+
+
+def _reader(batches: Iterable[Any] | None, folder: RunFolder | None) -> Batches:
+    if folder is None:
+        if batches is None:
+            raise ConfigError(
+                "calibrate: batches=None goes on with those kept in resume=FOLDER. Give batches."
+            )
+        return Batches(batches)
+    if batches is None and not folder.num_kept and folder.groups is None:
         raise ConfigError(
-            "calibrate: no Linear was reached. Give at least one batch, and check QuantConfig.skip; "
-            "freeact_fx.explain(model, ...) shows every Linear with its reason."
+            f"calibrate: batches=None goes on with those kept in {folder.folder}, and there are none: the run was "
+            f"killed before it had read all of an iterator, or had none. Give batches."
         )
-    transforms: dict[str, GroupTransform] = {}
-    linears: dict[str, PackedEntry] = {}
-    measured: dict[str, Any] = {}
-    with torch.no_grad():
-        for statistics in _bar(groups, "fitting", len(groups), progress):
-            fitted, packed, errors = fit_group(statistics)
-            group = statistics.names[0]
-            transforms[group] = fitted
-            for name, weight, entry in zip(
-                statistics.names, statistics.weights, packed, strict=True
-            ):
-                linears[name] = PackedEntry(group, weight.shape[1], entry, fingerprint(weight))
-            tokens = dict(
-                zip((*config.type_names, "untyped"), statistics.count.tolist(), strict=True)
-            )
-            measured[group] = {
-                "tokens": {n: int(c) for n, c in tokens.items()},
-                "rare_types": [
-                    n for n, c in tokens.items() if c < MIN_TOKENS_FOR_MEAN and n != "untyped"
-                ],
-                "error": errors,
-            }
-            # The moments are the bulk of the memory, and this group is done with them.
-            statistics.moment.clear()
-    return Checkpoint(config, transforms, linears, measured)
+    reader = Batches(
+        batches, folder=folder.batch_folder, expected=folder.batches, kept=folder.num_kept
+    )
+    reader.compare()
+    reader.keep()
+    return reader
 
 
-def _observe(
-    model: nn.Module, batches: Iterable[Any], config: QuantConfig, progress: bool
-) -> list[GroupStatistics]:
-    """Run the observe pipeline; statistics of each group, in the order the model reaches them."""
-    from . import compat
-    from .backend import observe_graph
-
-    names = {id(p): n.rpartition(".")[0] for n, p in model.named_parameters()}
-    found: dict[tuple[int, ...], GroupStatistics] = {}
-
-    def observer(
-        linears: list[tuple[LinearFact, Tensor, Tensor | None]],
-    ) -> Callable[[Tensor, Tensor | None], None]:
-        key = tuple(id(weight) for _, weight, _ in linears)
-        if key not in found:
-            found[key] = GroupStatistics(
-                [names.get(id(weight), linear.name) for linear, weight, _ in linears],
-                [w.t() if linear.transposed else w for linear, w, _ in linears],
-                [bias for _, _, bias in linears],
-                config,
-            )
-        return found[key].observe
-
-    def observe(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        return observe_graph(gm, example_inputs, config, observer)
-
-    was_training = model.training
-    model.eval()
-    try:
-        total = len(batches) if isinstance(batches, Sized) else None
-        with torch.no_grad(), compat.traced_apart(model, observe) as traced:
-            for batch in _bar(batches, "observing", total, progress):
-                if isinstance(batch, Mapping):
-                    traced(**batch)
-                elif isinstance(batch, (tuple, list)):
-                    traced(*batch)
-                else:
-                    traced(batch)
-    finally:
-        model.train(was_training)
-    return _without_repeats(list(found.values()))
+@torch.no_grad()
+def _fit(statistics: GroupStatistics) -> Checkpoint:
+    """A checkpoint of one group, on the CPU."""
+    config, group = statistics.config, statistics.names[0]
+    transform, packed, errors = fit_group(statistics)
+    host = torch.device("cpu")
+    linears = {
+        name: PackedEntry(
+            group,
+            weight.shape[1],
+            PackedLinear(**{n: t.to(host) for n, t in entry.tensors().items()}),
+            fingerprint(weight),
+        )
+        for name, weight, entry in zip(statistics.names, statistics.weights, packed, strict=True)
+    }
+    tokens = {
+        name: int(count)
+        for name, count in zip(
+            (*config.type_names, "untyped"), statistics.count.tolist(), strict=True
+        )
+    }
+    measured = {
+        "tokens": tokens,
+        "rare_types": [n for n in config.type_names if tokens[n] < FEW_TOKENS],
+        "error": errors,
+    }
+    return Checkpoint(config, {group: transform.to(host)}, linears, {group: measured})
 
 
-def _without_repeats(groups: list[GroupStatistics]) -> list[GroupStatistics]:
-    """A Linear that was seen in several groupings belongs to the one that saw the most tokens."""
-    groups = [g for g in groups if g.count.sum() > 0]
-    taken: set[str] = set()
-    kept = []
-    for group in sorted(groups, key=lambda g: (-len(g.names), -float(g.count.sum()))):
-        free = [i for i, name in enumerate(group.names) if name not in taken]
-        if free:
-            group.names = [group.names[i] for i in free]
-            group.weights = [group.weights[i] for i in free]
-            group.biases = [group.biases[i] for i in free]
-            taken.update(group.names)
-            kept.append(group)
-    return sorted(kept, key=groups.index)
-
-
-def _bar(items: Iterable[Any], label: str, total: int | None, progress: bool) -> Iterator[Any]:
-    """A progress bar: tqdm's if it is installed, else a line every five seconds."""
-    if not progress:
-        yield from items
-        return
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        last = time.monotonic()
-        for index, item in enumerate(items):
-            if time.monotonic() - last > 5:
-                last = time.monotonic()
-                print(f"{label}: {index} of {total or '?'}", file=sys.stderr)
-            yield item
-    else:
-        yield from tqdm(items, desc=label, total=total)
+def _joined(config: QuantConfig, parts: Sequence[Checkpoint]) -> Checkpoint:
+    return Checkpoint(
+        config,
+        {name: group for part in parts for name, group in part.groups.items()},
+        {name: linear for part in parts for name, linear in part.linears.items()},
+        {name: measured for part in parts for name, measured in part.statistics.items()},
+    )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +22,7 @@ from freeact_fx import Checkpoint, QuantConfig, TokenTypes
 
 # The package's attribute of that name is the function.
 calibrate_module = sys.modules["freeact_fx.calibrate"]
-MIN_TOKENS_FOR_MEAN = calibrate_module.MIN_TOKENS_FOR_MEAN
+FEW_TOKENS = calibrate_module.FEW_TOKENS
 
 CONFIG = QuantConfig(token_types=TokenTypes.mask_token(MASK))
 BATCHES = [masked_ids(seed=seed) for seed in range(1, 5)]
@@ -46,6 +49,26 @@ def activations_of(model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]
     for hook in hooks:
         hook.remove()
     return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+@pytest.fixture
+def fitted(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """By group, what was known when it was fitted: counts, sums, moments and both halves of the sample."""
+    seen: dict[str, Any] = {}
+    fit_group = calibrate_module.fit_group
+
+    def watched(statistics: Any) -> Any:
+        seen[statistics.names[0]] = SimpleNamespace(
+            count=statistics.count.clone(),
+            total=statistics.total.clone(),
+            moment={index: moment.clone() for index, moment in statistics.moment.items()},
+            halves=[statistics.samples(held_out=half) for half in (False, True)],
+            shift=statistics.means(),
+        )
+        return fit_group(statistics)
+
+    monkeypatch.setattr(calibrate_module, "fit_group", watched)
+    return seen
 
 
 def types_of(batches: list[Tensor]) -> Tensor:
@@ -79,7 +102,8 @@ def llama() -> LlamaForCausalLM:
 # ------------------------------------------------------------------ statistics
 
 
-def test_counts_and_means_are_those_of_the_tokens() -> None:
+def test_statistics_are_those_of_the_tokens(fitted: dict[str, Any]) -> None:
+    """Batches of several sizes, so that the graph is compiled again on the way."""
     model = llama()
     batches = [masked_ids(2, 16, seed=1), masked_ids(3, 16, seed=2), masked_ids(1, 9, seed=3)]
     config = replace(CONFIG, plan="shift")
@@ -98,34 +122,24 @@ def test_counts_and_means_are_those_of_the_tokens() -> None:
     assert list(checkpoint.groups) == [group[0] for group in groups]
     types = torch.cat([types_of([batch]).flatten() for batch in batches])
     counts = {n: int((types == i).sum()) for i, n in enumerate(config.type_names)}
-    assert min(counts.values()) == 6  # the sequences: fewer than a mean takes
     for group in groups:
+        assert checkpoint.statistics[group[0]]["tokens"] == counts | {"untyped": 0}
+        seen, shift = fitted[group[0]], checkpoint.groups[group[0]].shift
+        assert shift is not None
+        assert torch.equal(shift[:3], seen.shift[:3].bfloat16())
+        assert not shift[3].any()
         for name in group:
             assert checkpoint.linears[name].group == group[0]
-            tokens = torch.cat([e[name].flatten(0, 1) for e in expected]).double()
-            assert checkpoint.statistics[group[0]]["tokens"] == counts | {"untyped": 0}
-            shift = checkpoint.groups[group[0]].shift
-            assert shift is not None
-            for index in (0, 1):
-                mean = tokens[types == index].mean(0)
-                assert torch.allclose(shift[index].double(), mean, rtol=1e-2, atol=1e-3)
-            # Too few: the mean of all tokens.
-            assert torch.allclose(shift[2].double(), tokens.mean(0), rtol=1e-2, atol=1e-3)
-            assert not shift[3].any()
+            tokens = torch.cat([e[name].flatten(0, 1) for e in expected])
+            for index in range(3):
+                own = tokens[types == index].double()
+                assert torch.allclose(seen.total[index], own.sum(0), rtol=1e-5, atol=1e-5)
+                moment = seen.moment[index].double()
+                assert torch.allclose(moment, own.t() @ own, rtol=1e-5, atol=1e-5)
 
 
-def test_recorded_errors_are_those_of_the_converted_linears(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_recorded_errors_are_those_of_the_converted_linears(fitted: dict[str, Any]) -> None:
     """What was measured on the sample is what the converted Linears do to the same tokens."""
-    seen: dict[str, Any] = {}
-    fit_group = calibrate_module.fit_group
-
-    def watched(statistics: Any) -> Any:
-        seen[statistics.names[0]] = [statistics.samples(held_out=half) for half in (False, True)]
-        return fit_group(statistics)
-
-    monkeypatch.setattr(calibrate_module, "fit_group", watched)
     model = llama()
     checkpoint = calibrate(model, [masked_ids(4, 16, seed=1), masked_ids(4, 16, seed=2)])
     converted = copy.deepcopy(model)
@@ -134,7 +148,7 @@ def test_recorded_errors_are_those_of_the_converted_linears(
         recorded = checkpoint.statistics[entry.group]["error"][name]
         assert list(recorded) == ["unmasked", "masked", "first"]
         of_halves = []
-        for tokens, types in seen[entry.group]:
+        for tokens, types in fitted[entry.group].halves:
             with torch.no_grad(), freeact_fx.token_types(types):
                 got = converted.get_submodule(name)(tokens)
                 want = model.get_submodule(name)(tokens)
@@ -247,7 +261,7 @@ def test_absent_type_is_reported_and_usable() -> None:
     assert assert_usable(model, checkpoint, masked_ids(seed=9)) < 0.3
 
 
-@pytest.mark.parametrize("count", [1, MIN_TOKENS_FOR_MEAN - 1, MIN_TOKENS_FOR_MEAN])
+@pytest.mark.parametrize("count", [1, FEW_TOKENS - 1, FEW_TOKENS])
 def test_rare_type_is_reported_and_usable(count: int) -> None:
     batches = [batch.clamp_max(MASK - 1) for batch in BATCHES]
     batches[0][0, 1 : 1 + count] = MASK
@@ -255,7 +269,7 @@ def test_rare_type_is_reported_and_usable(count: int) -> None:
     checkpoint = calibrate(model, batches, replace(CONFIG, plan="shift"))
     statistics = checkpoint.statistics["blocks.0.q"]
     assert statistics["tokens"]["masked"] == count
-    rare = count < MIN_TOKENS_FOR_MEAN
+    rare = count < FEW_TOKENS
     assert statistics["rare_types"] == (["masked"] if rare else [])
     assert assert_usable(model, checkpoint, masked_ids(seed=9)) < 0.3
 
@@ -383,8 +397,8 @@ def test_progress_is_shown(
     if not with_tqdm:
         monkeypatch.setitem(sys.modules, "tqdm", None)
         # The plain line comes every five seconds.
-        clock = iter(range(0, 10**6, 10))
-        monkeypatch.setattr(calibrate_module.time, "monotonic", lambda: next(clock))
+        clock = itertools.count(0, 10)
+        monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     shown = freeact_fx.calibrate(tiny_model(), iter(BATCHES), CONFIG)
     printed = capsys.readouterr().err
     assert "observing" in printed
