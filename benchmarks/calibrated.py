@@ -32,6 +32,12 @@ DLLM_CONFIG = QuantConfig(token_types=TokenTypes.mask_token(MASK_TOKEN))
 VLM_CONFIG = QuantConfig()  # vision and text: the pass finds the merge in the graph
 
 
+def package_sources() -> list[Path]:
+    """Every source file of the package, wherever it is installed."""
+    packages = (freeact_fx, freeact_fx.passes, freeact_fx.codegen)
+    return [file for p in packages for file in sorted(Path(p.__file__).parent.glob("*.py"))]
+
+
 def dllm_checkpoint(
     model: MaskedDiffusionModel, cache: Path = CACHE, num_windows: int = 32
 ) -> Checkpoint:
@@ -59,9 +65,8 @@ def _cached_checkpoint(
     for batch in batches:
         digest.update(save(batch))
     digest.update((DATA / f"{name}-adapter.safetensors").read_bytes())
-    for package in (freeact_fx, freeact_fx.passes, freeact_fx.codegen):
-        for source in sorted(Path(package.__file__).parent.glob("*.py")):
-            digest.update(source.read_bytes())
+    for source in package_sources():
+        digest.update(source.read_bytes())
     folder = cache / f"{name}-w4a4-{digest.hexdigest()[:16]}"
     if not folder.exists():
         unfinished = folder.with_name(folder.name + "-unfinished")

