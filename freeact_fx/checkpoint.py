@@ -8,7 +8,8 @@ must not mistake it for plain compressed-tensors. Packed weights have compressed
 ``{linear}.weight_scale``             [N, S] fp32, one column per K slice
 ``{linear}.weight_shape``             [2] int64: N, K'
 ``{linear}.bias_table``               [P, N] fp32, ``mu_t W + b``
-``{linear}.branch_weight``            [R, N] bf16
+``{linear}.branch_weight``            [R, N] int8 codes of the branch
+``{linear}.branch_scale``             [R] fp32
 ``freeact.{group}.{operand}``         the group's transform, see ``transform.GroupTransform``
 ====================================  ===================================================================
 
@@ -34,7 +35,7 @@ from .errors import CheckpointError, ConfigError
 from .reference import unpack_int4
 from .transform import GroupTransform, PackedLinear
 
-VERSION = 1
+VERSION = 2
 _OPERANDS = ("left", "right", "clip", "shift", "channel_scale", "lowrank")
 # What config.json says of a group and of a Linear.
 _GROUP_KINDS = {"plan": str, "widths": list, "slice_of_type": list, "own_rank": int}
@@ -159,8 +160,9 @@ class Checkpoint:
             tensors[f"{name}.weight_shape"] = torch.tensor([packed.weight.shape[0], num_codes])
             if packed.bias_table is not None:
                 tensors[f"{name}.bias_table"] = packed.bias_table
-            if packed.branch_weight is not None:
+            if packed.branch_weight is not None and packed.branch_scale is not None:
                 tensors[f"{name}.branch_weight"] = packed.branch_weight
+                tensors[f"{name}.branch_scale"] = packed.branch_scale
         return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
 
     def _structure(self) -> dict[str, Any]:
@@ -380,14 +382,16 @@ def _load_linear(
         )
     slices = (num_outputs, len(group.widths))
     scale = _take(tensors, f"{name}.weight_scale", slices, torch.float32)
-    optional: dict[str, Tensor | None] = {"bias_table": None, "branch_weight": None}
+    optional: dict[str, Tensor] = {}
     # Without a shift it is the bias, which not every Linear has.
     if f"{name}.bias_table" in tensors or group.shift is not None:
         rows = (group.num_rows, num_outputs)
         optional["bias_table"] = _take(tensors, f"{name}.bias_table", rows, torch.float32)
     if group.lowrank is not None:
-        rows = (group.lowrank.shape[1], num_outputs)
-        optional["branch_weight"] = _take(tensors, f"{name}.branch_weight", rows, torch.bfloat16)
+        rank = group.lowrank.shape[1]
+        codes = _take(tensors, f"{name}.branch_weight", (rank, num_outputs), torch.int8)
+        optional["branch_weight"] = codes
+        optional["branch_scale"] = _take(tensors, f"{name}.branch_scale", (rank,), torch.float32)
     return PackedEntry(
         meta["group"],
         meta["num_features"],

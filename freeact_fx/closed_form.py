@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .config import QuantConfig
-from .reference import kronecker
+from .reference import branch_codes, branch_columns, kronecker
 from .transform import GroupTransform, kronecker_shape
 
 _ALTERNATIONS = 6
@@ -138,7 +138,7 @@ def fit_transform(
     inverse = fitted.transformed_weight(torch.eye(gram.shape[0], device=gram.device)).float()
     c = transformed_moment(fitted, moment)
     g = inverse.t() @ gram.float() @ inverse
-    return replace(fitted, lowrank=strongest_directions(c, g, rank).bfloat16())
+    return replace(fitted, lowrank=branch_codes(strongest_directions(c, g, rank)))
 
 
 def transformed_moment(fitted: GroupTransform, moment: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def transformed_moment(fitted: GroupTransform, moment: Tensor) -> Tensor:
         z = kronecker(scaled, fitted.left, fitted.right[0])
         if fitted.lowrank is None:
             return z
-        columns = fitted.lowrank.float()
+        columns = branch_columns(fitted.lowrank)
         return z - (z @ columns) @ columns.t()
 
     return rows(rows(moment.float()).t().contiguous())

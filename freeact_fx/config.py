@@ -31,7 +31,7 @@ class QuantConfig:
     memory_budget: float = 1.1
     """Storage that "auto" may use, as a multiple of the packed weights under plan "single"."""
     branch_rank: int = 32
-    """Columns of the 16-bit low-rank branch (per type if own, in all if shared)."""
+    """Columns of the 8-bit low-rank branch (per type if own, in all if shared)."""
     include: tuple[str, ...] = ()
     """Name patterns (fnmatch) of Linears to quantise even if skipped otherwise."""
     skip: tuple[str, ...] = ("lm_head",)

@@ -58,6 +58,7 @@ class FreeActLinear(_FixedDtype):
         self.register_buffer("weight_scale", packed.weight_scale)
         self.register_buffer("bias_table", packed.bias_table)
         self.register_buffer("branch_weight", packed.branch_weight)
+        self.register_buffer("branch_scale", packed.branch_scale)
         self.in_features = transform.num_features
         self.out_features = packed.weight.shape[0]
         self.qmax = config.qmax
@@ -80,6 +81,7 @@ class FreeActLinear(_FixedDtype):
             self.weight_scale,
             self.bias_table,
             self.branch_weight,
+            self.branch_scale,
             t.widths,
             t.slice_of_type,
             0,

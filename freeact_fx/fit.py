@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .closed_form import fit_transform, transformed_moment
 from .errors import ConfigError
-from .reference import quantize_tokens, rows_of_type, transform, unpack_int4
+from .reference import branch_product, quantize_tokens, rows_of_type, transform, unpack_int4
 from .statistics import GroupStatistics
 from .transform import GroupTransform, PackedLinear, pack_linear
 
@@ -131,8 +131,10 @@ def _measure(
             unpack_int4(linear.weight, codes.shape[1]).float() * linear.weight_scale[0][:, None]
         )
         got = (codes.float() * scale) @ dequantized.t()
-        if coefficients is not None and linear.branch_weight is not None:
-            got = got + coefficients.bfloat16().float() @ linear.branch_weight.float()
+        if coefficients is not None:
+            assert linear.branch_weight is not None
+            assert linear.branch_scale is not None
+            got = got + branch_product(coefficients, linear.branch_weight, linear.branch_scale)
         if linear.bias_table is not None:
             got = got + linear.bias_table[types] - (0 if bias is None else bias.detach().float())
         difference, energy = (got - want).square().sum(1), want.square().sum(1)

@@ -1,7 +1,7 @@
 """The ``freeact::`` operators: schemas, fakes, and the device kernel each picks when it is called.
 
 * ``freeact::transform_quantize``   activation to codes and scale (one per group)
-* ``freeact::transform_quantize_branch``   the same, and the branch's 16-bit coefficients
+* ``freeact::transform_quantize_branch``   the same, and the branch's coefficients
 * ``freeact::int_mm``               codes times packed weight, exact integers in fp32 (one per Linear)
 * ``freeact::linear``               a whole converted Linear; what ``FreeActLinear.forward`` is, and what the passes
   take apart into the three above
@@ -70,7 +70,7 @@ def transform_quantize_branch(
     own_rank: int,
     qmax: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``reference.transform_quantize``; the third output is [..., R] bf16 (fp32 with quantisers off)."""
+    """See ``reference.transform_quantize``; the third output is [..., R] fp32."""
     codes, scale, coefficients = reference.transform_quantize(
         x,
         token_type,
@@ -136,8 +136,7 @@ def _(  # type: ignore[no-untyped-def]
     own_rank,
     qmax,
 ):
-    dtype = torch.bfloat16 if qmax else torch.float32
-    coefficients = x.new_empty((*x.shape[:-1], lowrank.shape[1]), dtype=dtype)
+    coefficients = x.new_empty((*x.shape[:-1], lowrank.shape[1]), dtype=torch.float32)
     return (*_fake_codes(x, right, widths, qmax), coefficients)
 
 
@@ -223,6 +222,7 @@ def linear(
     weight_scale: Tensor,
     bias_table: Tensor | None,
     branch_weight: Tensor | None,
+    branch_scale: Tensor | None,
     widths: Sequence[int],
     slice_of_type: Sequence[int],
     default_type: int,
@@ -257,6 +257,7 @@ def linear(
         bias_table,
         coefficients,
         branch_weight,
+        branch_scale,
         token_type,
         slice_of_type,
         default_type,

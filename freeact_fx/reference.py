@@ -3,13 +3,14 @@
 One quantised linear is ``y = x W + b`` written for a token of type ``t`` as::
 
     u      = ((x - mu_t) * s) (L_i kron R_i)            # shift by this type's mean; transform, into its K slice i
-    c      = u U_t                ;  z = u - c U_t^T     # branch only: 16-bit coefficients, residual
+    c      = u U_t                ;  z = u - c U_t^T     # branch only: coefficients, residual
     codes  = round(z / a),  a = clip_t max|z| / qmax    # dynamic, per token
     y      = a * w_i * (codes . codes_W)  +  c V  +  (mu_t W + b)
              exact integer product           branch    bias table, row t
 
 ``codes_W`` are the 4-bit codes of ``W' = Q W`` where ``Q`` inverts the transform, so that without rounding
-``y`` is exactly the original (plan ``paper`` keeps a subspace only). The plans differ in the operands alone:
+``y`` is exactly the original (plan ``paper`` keeps a subspace only). ``U`` and ``V`` are stored in 8 bits. The plans
+differ in the operands alone:
 
 ==========  ==========================================================================
 single      one slice, no shift
@@ -27,6 +28,7 @@ are ours. Rounding happens in fp32 whatever the dtype of ``x``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -85,6 +87,27 @@ def slice_of_token(
     return index
 
 
+def _column_step(num_codes: int) -> float:
+    """Units of a branch column per code: entries of K' unit columns without a preferred axis are about N(0, 1 / K'),
+    and 6 standard deviations hold them all."""
+    return 6 / (127 * math.sqrt(num_codes))
+
+
+def branch_codes(columns: Tensor) -> Tensor:
+    """Round the columns of a branch [K', R], about unit vectors, to int8 codes in [-127, 127] of one constant step.
+
+    Why no scale by column: the weight side makes up for whatever the columns are (``GroupTransform.split_branch``).
+    """
+    grid = columns / _column_step(columns.shape[0])
+    return grid.round().clamp(-127, 127).to(torch.int8)
+
+
+def branch_columns(lowrank: Tensor) -> Tensor:
+    """The columns that a branch [K', R] stands for, in fp32: of ``branch_codes``, or what is floating as it is."""
+    columns = lowrank.to(torch.float32)
+    return columns if lowrank.is_floating_point() else columns * _column_step(lowrank.shape[0])
+
+
 def kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Multiply rows by ``left kron right``: [M, D1 * D2] x ([D1, w], [D2, D2]) to [M, w * D2]."""
     num_tokens, (d1, width), d2 = x.shape[0], left.shape, right.shape[0]
@@ -113,7 +136,8 @@ def transform(
     channel_scale  [K] fp32 or None
     left           [D1, w_0 + ... + w_(S-1)] fp32, the left factors side by side
     right          [S, D2, D2] fp32
-    lowrank        [K', R] fp32 or bf16 with (nearly) orthonormal columns (within each type's, if own), or None
+    lowrank        [K', R] (nearly) orthonormal columns (within each type's, if own), int8 as ``branch_codes`` makes
+                   them or floating; or None
     widths         w_i; slice i has w_i * D2 columns
     own_rank       0: all types share the branch's columns; r: type t owns columns t r .. t r + r - 1
 
@@ -140,7 +164,7 @@ def transform(
     z = z.reshape(*lead, z.shape[-1])
     if lowrank is None:
         return z, None
-    columns = lowrank.to(torch.float32)
+    columns = branch_columns(lowrank)
     coefficients = z @ columns
     if own_rank:
         owner = torch.arange(lowrank.shape[1], device=x.device) // own_rank
@@ -186,8 +210,7 @@ def transform_quantize(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``transform`` and ``quantize_tokens`` in one; ``clip`` is [P] fp32.
 
-    Returns codes [..., K'], scale [..., 1] fp32 and the branch's coefficients [..., R], rounded to bf16 unless
-    ``qmax`` is 0, or None.
+    Returns codes [..., K'], scale [..., 1] fp32, and the branch's coefficients [..., R] fp32 or None.
     """
     z, coefficients = transform(
         x,
@@ -203,10 +226,7 @@ def transform_quantize(
         own_rank,
     )
     clip_of_token = rows_of_type(clip, token_type, default_type).unsqueeze(-1)
-    codes, scale = quantize_tokens(z, clip_of_token, qmax)
-    if coefficients is not None and qmax:
-        coefficients = coefficients.to(torch.bfloat16)
-    return codes, scale, coefficients
+    return *quantize_tokens(z, clip_of_token, qmax), coefficients
 
 
 def int_mm(codes: Tensor, weight: Tensor) -> Tensor:
@@ -222,6 +242,22 @@ def int_mm(codes: Tensor, weight: Tensor) -> Tensor:
     return (codes.double() @ unpacked.double().t()).to(torch.float32)
 
 
+def branch_product(coefficients: Tensor, branch_weight: Tensor, branch_scale: Tensor) -> Tensor:
+    """The branch's part of a linear's output, ``c V``.
+
+    coefficients   [..., R] fp32
+    branch_weight  [R, N] int8 codes of V, or V itself in fp32 (quantisers off)
+    branch_scale   [R] fp32, units of V per code
+
+    Returns [..., N] fp32. With codes, the scaled coefficients are rounded to bf16, so that a kernel can multiply in
+    16 bits, where codes are exact. The sum is in fp32.
+    """
+    scaled = coefficients * branch_scale
+    if branch_weight.dtype == torch.int8:
+        scaled = scaled.to(torch.bfloat16).float()
+    return scaled @ branch_weight.float()
+
+
 def epilogue(
     product: Tensor,
     scale: Tensor,
@@ -229,6 +265,7 @@ def epilogue(
     bias_table: Tensor | None,
     coefficients: Tensor | None,
     branch_weight: Tensor | None,
+    branch_scale: Tensor | None,
     token_type: Tensor | None,
     slice_of_type: Sequence[int],
     default_type: int,
@@ -240,13 +277,13 @@ def epilogue(
     scale          [..., 1] fp32
     weight_scale   [S, N] fp32
     bias_table     [P, N] fp32 (``mu_t W + b``), or None
-    coefficients   [..., R] bf16 with branch_weight [R, N] bf16, or both None
+    coefficients   [..., R] fp32 with branch_weight [R, N] int8 and branch_scale [R] fp32, or all three None
 
     Returns [..., N] of the given dtype.
     """
     y = product * scale * weight_scale[slice_of_token(token_type, slice_of_type, default_type)]
-    if coefficients is not None and branch_weight is not None:
-        y = y + coefficients.float() @ branch_weight.float()
+    if coefficients is not None and branch_weight is not None and branch_scale is not None:
+        y = y + branch_product(coefficients, branch_weight, branch_scale)
     if bias_table is not None:
         y = y + rows_of_type(bias_table, token_type, default_type)
     return y.to(dtype)

@@ -6,7 +6,7 @@ import contextlib
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from .config import QuantConfig
 from .eligibility import TOWER_REASON, matches
 from .packing import Packer
 from .passes.node_facts import LinearFact, facts_of, tensor_of, value_of
+from .reference import CODES_PER_WORD
 from .report import LinearReport, Report
+from .transform import GroupTransform, PackedLinear
 
 # Graphs compiled in this process, oldest first. Weights are held weakly.
 _log: deque[GraphRecord] = deque(maxlen=4096)
@@ -42,7 +44,7 @@ class GraphRecord:
         rows: list[tuple[LinearReport, weakref.ref[Tensor] | None]] = []
         for linear in facts:
             weight = tensor_of(gm, linear.weight, inputs)
-            row = _row(linear, weight, inputs, config, packer)
+            row = _row(linear, weight, config, packer)
             row.group = tuple(groups.get(_group_key(linear), ())) if row.quantized else ()
             rows.append((row, None if weight is None else weakref.ref(weight)))
         return GraphRecord(rows, config.type_names)
@@ -65,7 +67,6 @@ def _group_key(linear: LinearFact) -> Any:
 def _row(
     linear: LinearFact,
     weight: Tensor | None,
-    inputs: dict[Node, Any],
     config: QuantConfig,
     packer: Packer,
 ) -> LinearReport:
@@ -77,13 +78,12 @@ def _row(
         type_source=linear.type_source,
         dense_bytes=shape[0] * shape[1] * bytes_per_weight,
     )
-    operands: dict[str, Tensor] = {}
     if linear.refusal is None and linear.converted:
-        operands = {
-            name: tensor
-            for name in ("weight", "weight_scale", "bias_table", "branch_weight")
-            if isinstance(tensor := inputs.get(linear.operands[name]), Tensor)
-        }
+        operands = (linear.operands[f.name] for f in fields(PackedLinear))
+        tensors = [value_of(node) for node in operands if isinstance(node, Node)]
+        row.packed_bytes = sum(t.numel() * t.element_size() for t in tensors)
+        width = sum(linear.operands["widths"])
+        row.engine_bytes = shape[0] * width * int(value_of(linear.operands["right"]).shape[-1])
         row.plan = _converted_plan(linear)
     elif linear.refusal is None and weight is not None:
         dense = weight.detach().t() if linear.transposed else weight.detach()
@@ -91,6 +91,8 @@ def _row(
         if isinstance(transform, str):
             linear.refusal = transform
         else:
+            row.packed_bytes = _packed_bytes(transform, linear)
+            row.engine_bytes = shape[0] * transform.num_codes
             row.plan = transform.plan
     if linear.refusal is not None:
         row.reason = linear.refusal
@@ -100,16 +102,16 @@ def _row(
     row.precision = (
         f"W4A{config.activation_bits}" if config.quantize else "transformed, not rounded"
     )
-    num_codes = shape[1]
-    if operands:
-        row.packed_bytes = sum(t.numel() * t.element_size() for t in operands.values())
-        slices = operands["weight_scale"].shape[0] if "weight_scale" in operands else 1
-        num_codes *= slices if row.plan == "duplicate" else 1
-    else:
-        num_codes *= config.num_types if row.plan == "duplicate" else 1
-        row.packed_bytes = shape[0] * (num_codes // 2 + 4)
-    row.engine_bytes = shape[0] * num_codes
     return row
+
+
+def _packed_bytes(transform: GroupTransform, linear: LinearFact) -> int:
+    """Bytes of the operands that ``pack_linear`` will make of a dense Linear."""
+    words = -(-transform.num_codes // CODES_PER_WORD)
+    table_rows = 0 if transform.shift is None and linear.bias is None else transform.num_rows
+    rank = 0 if transform.lowrank is None else transform.lowrank.shape[1]
+    per_output = 4 * (words + len(transform.widths) + table_rows) + rank
+    return linear.num_outputs * per_output + 4 * rank
 
 
 def _converted_plan(linear: LinearFact) -> str:

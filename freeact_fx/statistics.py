@@ -63,5 +63,7 @@ class GroupStatistics(TokenMoments):
         """Columns of a shared branch that ``memory_budget`` pays for."""
         num_features = self.weights[0].shape[1]
         num_outputs = sum(w.shape[0] for w in self.weights)
-        room = (self.config.memory_budget - 1) * num_features * num_outputs
-        return int(min(room / (4 * (num_features + num_outputs)), num_features // 4))
+        room_bytes = (self.config.memory_budget - 1) * num_features * num_outputs / 2
+        # One byte for each entry of a column and of its row in each Linear, and the row's scale.
+        column_bytes = num_features + num_outputs + 4 * len(self.weights)
+        return int(min(room_bytes / column_bytes, num_features // 4))

@@ -6,6 +6,7 @@ one ``PackedLinear``, made from the dense weight by ``pack_linear``. The activat
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .config import PLANS, QuantConfig
 from .gptq import gptq
-from .reference import pack_int4
+from .reference import branch_codes, branch_columns, pack_int4
 
 MIN_FEATURES = 32
 MAX_FACTOR = 256
@@ -64,8 +65,8 @@ class GroupTransform:
     """Operands of one group's activation side; see ``reference`` for their meaning. P counts the untyped row too.
 
     The weight side follows from them: slice i of the weight is multiplied by ``(L_i^+ kron R_i^-1) / s``. All tensors
-    are fp32; shift and branch may be bf16, since the weight side makes up for whatever they are. ``slice_of_type[t]``
-    is the K slice of type t; ``widths`` are the columns of each left factor.
+    are fp32; the shift may be bf16 and the branch int8 (``reference.branch_codes``), since the weight side makes up for
+    whatever they are. ``slice_of_type[t]`` is the K slice of type t; ``widths`` are the columns of each left factor.
     """
 
     plan: str
@@ -124,9 +125,10 @@ class GroupTransform:
         for name, tensor in self.tensors().items():
             if name in expected and tuple(tensor.shape) != expected[name]:
                 return f"{name} must have shape {list(expected[name])}, got {list(tensor.shape)}"
-            half = (torch.bfloat16,) if name in ("shift", "lowrank") else ()
-            if tensor.dtype not in (torch.float32, *half):
-                return f"{name} must be float32{' or bfloat16' * len(half)}, got {tensor.dtype}"
+            small = {"shift": torch.bfloat16, "lowrank": torch.int8}.get(name)
+            if tensor.dtype not in (torch.float32, small):
+                rule = "float32" if small is None else f"float32 or {str(small).split('.')[1]}"
+                return f"{name} must be {rule}, got {tensor.dtype}"
             if not bool(tensor.isfinite().all()):
                 return f"{name} must be finite"
         if len(self.slice_of_type) != num_rows or not all(
@@ -167,12 +169,12 @@ class GroupTransform:
         """
         if self.lowrank is None:
             return transformed, None
-        columns = self.lowrank.double()
+        columns = branch_columns(self.lowrank).double()
         along = transformed @ columns
         if self.own_rank:
             return transformed, along.t()
         rest = transformed - along @ columns.t()
-        # Exact for any columns, also when bf16 left them only nearly orthonormal.
+        # Exact for any columns, also when rounding left them only nearly orthonormal.
         return rest, (along + rest @ columns).t()
 
 
@@ -183,13 +185,15 @@ class PackedLinear:
     weight         [N, ceil(K' / 8)] int32 codes; with quantisers off [N, K'] fp32
     weight_scale   [S, N] fp32
     bias_table     [P, N] fp32 or None
-    branch_weight  [R, N] bf16 (fp32 with quantisers off) or None
+    branch_weight  [R, N] int8 codes (fp32 with quantisers off) or None
+    branch_scale   [R] fp32 (ones with quantisers off) or None
     """
 
     weight: Tensor
     weight_scale: Tensor
     bias_table: Tensor | None = None
     branch_weight: Tensor | None = None
+    branch_scale: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -225,6 +229,13 @@ def _best_scale(weight: Tensor, largest: Tensor) -> Tensor:
     return best_scale
 
 
+def quantize_branch(branch: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row of a branch's weight [R, N] to 8 bits: codes [R, N] int8 in [-127, 127] and scale [R] fp32."""
+    scale = (branch.abs().amax(1) / 127).float().clamp_min(1e-30)
+    codes = (branch / scale.unsqueeze(1)).round().clamp(-127, 127).to(torch.int8)
+    return codes.contiguous(), scale
+
+
 @torch.no_grad()
 def pack_linear(
     transform: GroupTransform,
@@ -238,13 +249,16 @@ def pack_linear(
     hessian  [K', K'] second moment of the transformed activations: codes are then chosen by GPTQ; None: to nearest
     """
     transform = transform.to(weight.device)
-    rest, branch_weight = transform.split_branch(transform.transformed_weight(weight))
+    rest, branch = transform.split_branch(transform.transformed_weight(weight))
     transformed = rest.float()
     bias_table = transform.bias_table(weight, bias)
     if not config.quantize:
-        scale = torch.ones(len(transform.widths), weight.shape[0], device=weight.device)
-        branch = None if branch_weight is None else branch_weight.float().contiguous()
-        return PackedLinear(transformed, scale, bias_table, branch)
+        ones = functools.partial(torch.ones, device=weight.device)
+        scale = ones(len(transform.widths), weight.shape[0])
+        if branch is None:
+            return PackedLinear(transformed, scale, bias_table)
+        kept = branch.float().contiguous()
+        return PackedLinear(transformed, scale, bias_table, kept, ones(kept.shape[0]))
     sizes = [width * transform.right.shape[-1] for width in transform.widths]
     parts = transformed.split(sizes, 1)
     pairs = [quantize_weight(part, search=config.clip_search) for part in parts]
@@ -259,7 +273,7 @@ def pack_linear(
         pack_int4(torch.cat([codes for codes, _ in pairs], 1)),
         torch.stack([scale for _, scale in pairs]),
         bias_table,
-        None if branch_weight is None else branch_weight.to(torch.bfloat16).contiguous(),
+        *((None, None) if branch is None else quantize_branch(branch)),
     )
 
 
@@ -291,7 +305,7 @@ def orthogonal_transform(num_features: int, config: QuantConfig) -> GroupTransfo
         right=torch.stack([orthogonal(d2) for _ in range(num_slices)]),
         clip=torch.full((num_rows,), DATA_FREE_CLIP if config.activation_bits == 4 else 1.0),
         shift=torch.zeros(num_rows, num_features) if shifted else None,
-        lowrank=orthogonal(num_features, rank).bfloat16() if plan == "branch" else None,
+        lowrank=branch_codes(orthogonal(num_features, rank)) if plan == "branch" else None,
         widths=(d1,) * num_slices,
         slice_of_type=(*range(num_types), 0) if num_slices > 1 else (0,) * num_rows,
     )

@@ -87,7 +87,7 @@ def insert_freeact_ops(
 
 
 _GROUP_OPERANDS = ("shift", "channel_scale", "left", "right", "clip", "lowrank")
-_LINEAR_OPERANDS = ("weight", "weight_scale", "bias_table", "branch_weight")
+_LINEAR_OPERANDS = ("weight", "weight_scale", "bias_table", "branch_weight", "branch_scale")
 
 
 def _dense_operands(editor: Editor, linear: LinearFact, found: LinearOperands) -> dict[str, Any]:
@@ -146,17 +146,27 @@ def _quantised_linear(
     row = _weight_scale_row(editor, o["weight_scale"], types, o["slice_of_type"], default_type)
     y = call(aten.mul.Tensor, y, row, like=node)
     if coefficients:
-        branch = [
-            call(aten._to_copy.default, n, dtype=torch.float32, like=node)
-            for n in (coefficients[0], o["branch_weight"])
-        ]
-        y = call(aten.add.Tensor, y, call(aten.matmul.default, *branch, like=node), like=node)
+        branch = _branch_product(editor, node, coefficients[0], o)
+        y = call(aten.add.Tensor, y, branch, like=node)
     if o["bias_table"] is not None:
         y = call(aten.add.Tensor, y, _row(editor, o["bias_table"], types, default_type), like=node)
     dtype = value_of(linear.x).dtype
     if dtype != torch.float32:
         y = call(aten._to_copy.default, y, dtype=dtype, like=node)
     return y
+
+
+def _branch_product(
+    editor: Editor, node: Node, coefficients: Node, operands: dict[str, Any]
+) -> Node:
+    """``reference.branch_product`` as nodes."""
+    weight = operands["branch_weight"]
+    scaled = editor.call(aten.mul.Tensor, coefficients, operands["branch_scale"], like=node)
+    if value_of(weight).dtype == torch.int8:
+        for dtype in (torch.bfloat16, torch.float32):
+            scaled = editor.call(aten._to_copy.default, scaled, dtype=dtype, like=node)
+        weight = editor.call(aten._to_copy.default, weight, dtype=torch.float32, like=node)
+    return editor.call(aten.matmul.default, scaled, weight, like=node)
 
 
 def _getitem(editor: Editor, node: Node, index: int) -> Node:

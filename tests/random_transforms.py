@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from freeact_fx.reference import branch_codes
 from freeact_fx.transform import GroupTransform, kronecker_shape
 
 EXACT_PLANS = ("single", "shift", "duplicate", "branch", "own branch")
@@ -53,7 +54,7 @@ def random_transform(plan: str, num_features: int, num_types: int, *, seed: int)
         own_rank = 2 if plan == "own branch" else 0
         rank = own_rank * num_types or 4
         columns = torch.randn(num_features, rank, generator=generator, dtype=torch.float64)
-        lowrank = torch.linalg.qr(columns)[0].float()
+        lowrank = branch_codes(torch.linalg.qr(columns)[0])
         transform = replace(transform, lowrank=lowrank, own_rank=own_rank)
     assert transform.problem() is None
     return transform

@@ -555,9 +555,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "future version": (
         change_meta(lambda m: m.update(version=99)),
-        ("version must be 1, got 99", "install the freeact_fx that wrote it"),
+        ("version must be 2, got 99", "install the freeact_fx that wrote it"),
     ),
-    "no version": (change_meta(lambda m: m.pop("version")), ("version must be 1, got None",)),
+    "no version": (change_meta(lambda m: m.pop("version")), ("version must be 2, got None",)),
     "no groups": (
         change_meta(lambda m: m.pop("groups")),
         ("config.json: groups missing", "incomplete"),

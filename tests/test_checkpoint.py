@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +18,11 @@ from torch import nn
 
 import freeact_fx
 from freeact_fx import Checkpoint, QuantConfig, TokenTypes
-from freeact_fx.checkpoint import PackedEntry, fingerprint
+from freeact_fx.checkpoint import PackedEntry, _load_linear, fingerprint
+from freeact_fx.errors import CheckpointError
 from freeact_fx.reference import unpack_int4
-from freeact_fx.transform import pack_linear
+from freeact_fx.statistics import GroupStatistics
+from freeact_fx.transform import orthogonal_transform, pack_linear
 
 CONFIG = QuantConfig(token_types=TokenTypes.mask_token(MASK))
 BATCHES = [masked_ids(seed=seed) for seed in range(1, 5)]
@@ -74,6 +78,46 @@ def test_round_trip_is_bit_exact(plan: str, tmp_path: Path) -> None:
     assert hash(loaded) == hash(saved)
 
 
+@pytest.mark.parametrize("plan", ["branch", "own branch"])
+def test_branches_are_stored_in_8_bits(plan: str, tmp_path: Path) -> None:
+    checkpoint_of(tiny_model(), plan).save(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = LINEARS[0]
+    assert tensors[f"freeact.{name}.lowrank"].dtype == torch.int8
+    assert tensors[f"{name}.branch_weight"].dtype == torch.int8
+    assert tensors[f"{name}.branch_scale"].dtype == torch.float32
+    assert tensors[f"{name}.branch_scale"].shape == tensors[f"{name}.branch_weight"].shape[:1]
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "problem"),
+    [
+        ("branch_weight", lambda t: t.bfloat16(), "must be torch.int8"),
+        (
+            "branch_weight",
+            lambda t: t[1:],
+            r"must be torch.int8 of shape \[4, 48\], got torch.int8 of shape \[3",
+        ),
+        ("branch_scale", lambda t: t[None], r"must be torch.float32 of shape \[4\]"),
+        ("branch_scale", lambda t: t * float("nan"), "must be finite"),
+        ("branch_scale", None, "is missing"),
+    ],
+)
+def test_a_damaged_branch_is_named(
+    field: str, change: Callable[[torch.Tensor], torch.Tensor] | None, problem: str
+) -> None:
+    checkpoint = checkpoint_of(tiny_model(), "branch")
+    tensors, name = checkpoint._tensors(), f"{LINEARS[0]}.{field}"
+    found = tensors.pop(name)
+    if change is not None:
+        tensors[name] = change(found)
+    meta = checkpoint._structure()["linears"][LINEARS[0]]
+    with pytest.raises(
+        CheckpointError, match=rf"model\.safetensors: .*{re.escape(name)} {problem}"
+    ):
+        _load_linear(LINEARS[0], meta, checkpoint.groups, tensors)
+
+
 def test_statistics_survive(calibrated: Checkpoint, tmp_path: Path) -> None:
     calibrated.save(tmp_path)
     assert Checkpoint.load(tmp_path).statistics == calibrated.statistics
@@ -116,6 +160,7 @@ def test_names_and_layout_on_disk(calibrated: Checkpoint, tmp_path: Path) -> Non
     for name, entry in calibrated.linears.items():
         fields = ["weight_packed", "weight_scale", "weight_shape"]
         fields += ["bias_table"] if entry.packed.bias_table is not None else []
+        fields += [field for field in entry.packed.tensors() if field.startswith("branch")]
         expected |= {f"{name}.{field}" for field in fields}
         num_outputs, num_codes = tensors[f"{name}.weight_shape"].tolist()
         module = tiny_model().get_submodule(name)
@@ -246,15 +291,24 @@ def test_converted_model_equals_the_dense_one_with_its_checkpoint(plan: str) -> 
     checkpoint = checkpoint_of(tiny_model(), plan)
     converted = tiny_model()
     freeact_fx.convert(converted, checkpoint)
-    results = []
+    results, bytes_of_linears = [], []
     for model, given in ((converted, {}), (tiny_model(), {"checkpoint": checkpoint})):
         options = {"compiler": "eager", **given}
         compiled = torch.compile(model, backend="freeact", options=options)
         with torch.no_grad():
             results.append(compiled(masked_ids()))
-        plans = {linear.plan for linear in freeact_fx.explain(compiled).quantized}
-        assert plans == {plan.removeprefix("own ")}
+        report = freeact_fx.explain(compiled)
+        assert {linear.plan for linear in report.quantized} == {plan.removeprefix("own ")}
+        bytes_of_linears.append(
+            {r.name: (r.packed_bytes, r.engine_bytes) for r in report.quantized}
+        )
     assert torch.equal(*results)
+    packed = {name: entry.packed.tensors() for name, entry in checkpoint.linears.items()}
+    expected = {
+        name: (sum(t.nbytes for t in tensors.values()), 8 * tensors["weight"].numel())
+        for name, tensors in packed.items()
+    }
+    assert bytes_of_linears == [expected, expected]
 
 
 class Gated(nn.Module):
@@ -295,6 +349,21 @@ def test_branch_and_slices_through_inductor() -> None:
 
 
 # ------------------------------------------------------------------ size
+
+
+def test_a_branch_takes_what_the_memory_budget_leaves() -> None:
+    """Up to one column: factors at a byte per entry, scales at four."""
+    config = QuantConfig(plan="branch", memory_budget=1.25, clip_search=False)
+    weights = [torch.randn(n, 576) for n in (576, 192, 192)]
+    rank = GroupStatistics(["q", "k", "v"], weights, [None] * 3, config).branch_rank()
+    transform = orthogonal_transform(576, replace(config, branch_rank=rank))
+    linears = [pack_linear(transform, weight, None, config) for weight in weights]
+    branch_bytes, packed_bytes = transform.tensors()["lowrank"].nbytes, 0
+    for linear in linears:
+        tensors = linear.tensors()
+        branch_bytes += tensors["branch_weight"].nbytes + tensors["branch_scale"].nbytes
+        packed_bytes += tensors["weight"].nbytes
+    assert branch_bytes <= 0.25 * packed_bytes < branch_bytes * (rank + 1) / rank
 
 
 class TwoWidths(nn.Module):

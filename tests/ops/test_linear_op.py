@@ -39,14 +39,23 @@ def test_linear_is_its_parts(plan: str, bits: Any, dtype: torch.dtype) -> None:
         )
     parts = reference.epilogue(
         *(ops.int_mm(codes, packed.weight), scale, packed.weight_scale, packed.bias_table),
-        *(coefficients, packed.branch_weight, types, t.slice_of_type, 0, dtype),
+        *(
+            coefficients,
+            packed.branch_weight,
+            packed.branch_scale,
+            types,
+            t.slice_of_type,
+            0,
+            dtype,
+        ),
     )
     assert whole.dtype == dtype
     assert torch.equal(whole, parts)
 
 
 def packed_operands(packed: Any) -> tuple[Any, ...]:
-    return (packed.weight, packed.weight_scale, packed.bias_table, packed.branch_weight)
+    branch = (packed.branch_weight, packed.branch_scale)
+    return (packed.weight, packed.weight_scale, packed.bias_table, *branch)
 
 
 @pytest.mark.parametrize(("bits", "largest"), [(4, 0.19), (8, 0.13), ("e4m3", 0.13)])

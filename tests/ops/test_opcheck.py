@@ -62,7 +62,8 @@ def linear_args(plan: str, x: Tensor, types: Tensor | None, config: QuantConfig)
     packed = pack_linear(t, torch.randn(11, 48), torch.randn(11), config)
     return (
         *(x, types, t.shift, t.channel_scale, t.left, t.right, t.clip, t.lowrank),
-        *(packed.weight, packed.weight_scale, packed.bias_table, packed.branch_weight),
+        *(packed.weight, packed.weight_scale, packed.bias_table),
+        *(packed.branch_weight, packed.branch_scale),
         *(list(t.widths), list(t.slice_of_type), 0, t.own_rank, config.qmax, config.types_json),
     )
 

@@ -425,7 +425,8 @@ def reference_linear(
     )
     return epilogue(
         *(int_mm(codes, packed.weight), scale, packed.weight_scale, packed.bias_table),
-        *(coefficients, packed.branch_weight, types, t.slice_of_type, default_type, x.dtype),
+        *(coefficients, packed.branch_weight, packed.branch_scale),
+        *(types, t.slice_of_type, default_type, x.dtype),
     )
 
 

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from freeact_fx.config import QuantConfig
 from freeact_fx.reference import (
+    branch_codes,
+    branch_columns,
+    branch_product,
     epilogue,
     int_mm,
     pack_int4,
@@ -21,7 +24,13 @@ from freeact_fx.reference import (
     transform,
     transform_quantize,
 )
-from freeact_fx.transform import GroupTransform, PackedLinear, orthogonal_transform, pack_linear
+from freeact_fx.transform import (
+    GroupTransform,
+    PackedLinear,
+    orthogonal_transform,
+    pack_linear,
+    quantize_branch,
+)
 
 SEEDS = st.integers(0, 10**6)
 # 34 = 2 x 17 and 130 = 10 x 13: one thin, one with no power of two in its factors.
@@ -46,7 +55,8 @@ def linear(
     product = int_mm(codes, packed.weight) if qmax else codes @ packed.weight.t()
     return epilogue(
         *(product, scale, packed.weight_scale, packed.bias_table, coefficients),
-        *(packed.branch_weight, types, t.slice_of_type, default_type, x.dtype),
+        *(packed.branch_weight, packed.branch_scale),
+        *(types, t.slice_of_type, default_type, x.dtype),
     )
 
 
@@ -144,14 +154,74 @@ def test_counter_transforms_cancel(plan: str, num_features: int, num_types: int,
             mine = torch.ones(t.lowrank.shape[1])
             if t.own_rank:
                 mine = (torch.arange(t.lowrank.shape[1]) // t.own_rank == index).float()
-            columns = t.lowrank * mine
+            columns = branch_columns(t.lowrank) * mine
             assert not torch.allclose(product, torch.eye(num_features), atol=1e-2)
             along = activation_matrix(t, index, branch=False) @ columns
             product = product + along @ (columns.t() @ q)
         assert torch.allclose(product, torch.eye(num_features), atol=1e-5)
 
 
+def any_columns(kind: str, num_features: int, rank: int, generator: torch.Generator) -> Tensor:
+    """Columns of a branch as they may be stored; none of these are orthonormal."""
+    if kind == "floating":
+        return torch.randn(num_features, rank, generator=generator) / num_features**0.5
+    if kind == "cut off":
+        # A column along one axis has an entry of 1, further out than codes reach where K' > 36.
+        return branch_codes(torch.eye(num_features)[:, :rank])
+    return torch.randint(-40, 41, (num_features, rank), generator=generator).to(torch.int8)
+
+
+@pytest.mark.parametrize("kind", ["codes", "cut off", "floating"])
+@settings(max_examples=20)
+@given(WIDTHS, st.integers(1, 6), SEEDS)
+def test_any_columns_are_made_up_for(kind: str, num_features: int, rank: int, seed: int) -> None:
+    """The weight side undoes a branch whatever its columns are, so their rounding costs nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = any_columns(kind, num_features, rank, generator)
+    t = replace(random_transform("branch", num_features, 2, seed=seed), lowrank=columns)
+    assert t.problem() is None
+    weight = torch.randn(7, num_features, generator=generator)
+    x = torch.randn(9, num_features, generator=generator)
+    types = torch.arange(9) % 3
+    got = linear(t, pack_linear(t, weight, None, EXACT), x, types, qmax=0)
+    assert relative(got, x @ weight.t()) < 1e-4
+
+
 # ------------------------------------------------------------------ rounding
+
+
+@given(WIDTHS, st.integers(1, 6), SEEDS)
+@settings(max_examples=20)
+def test_orthonormal_columns_stay_nearly_so(num_features: int, rank: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    columns = torch.linalg.qr(torch.randn(num_features, rank, generator=generator))[0]
+    codes = branch_codes(columns)
+    assert codes.dtype == torch.int8
+    rounded = branch_columns(codes)
+    half_step = 3.001 / (127 * num_features**0.5)
+    largest = 6 / num_features**0.5
+    assert bool(((rounded - columns.clamp(-largest, largest)).abs() <= half_step).all())
+    assert torch.equal(branch_codes(rounded), codes)
+    assert torch.allclose(rounded.t() @ rounded, torch.eye(rank), atol=0.03)
+
+
+@given(st.integers(1, 6), st.integers(1, 40), SEEDS)
+@settings(max_examples=20)
+def test_branch_weight_in_8_bits(rank: int, num_outputs: int, seed: int) -> None:
+    """Each row has its own scale, so that a weak one is as exact as a strong one; zeros stay zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    branch = (
+        torch.randn(rank, num_outputs, generator=generator) * 10.0 ** torch.arange(rank)[:, None]
+    )
+    branch[-1] = 0
+    codes, scale = quantize_branch(branch)
+    assert codes.dtype == torch.int8
+    assert bool(((codes * scale[:, None] - branch).abs() <= 0.5001 * scale[:, None]).all())
+    assert bool((codes[:-1].abs().amax(1) == 127).all())
+    assert not codes[-1].any()
+    # Coefficients of which bf16 is exact leave nothing to round but the codes.
+    coefficients = torch.diag(1 / scale).clamp(max=1e6)
+    assert torch.equal(branch_product(coefficients, codes, scale)[:-1], codes[:-1].float())
 
 
 @pytest.mark.parametrize("activation_bits", [4, 8])
@@ -186,12 +256,14 @@ def test_rounded_linear_is_within_its_bound(
     bound = (z_rounded - z).abs() @ exact.weight.t().abs()
     bound += z_rounded.abs() @ (w_rounded - exact.weight).t().abs()
     if t.lowrank is not None:
-        # Both 16-bit operands of the branch are rounded to 8 bits of mantissa.
+        # The coefficients are rounded to 8 bits of mantissa, the weight by up to half a scale.
         assert exact.branch_weight is not None
+        assert rounded.branch_scale is not None
         whole = (t.shift, t.channel_scale, t.left, t.right, None)
         u = transform(x, types, *whole, t.widths, t.slice_of_type, 0, 0)[0]
-        coefficients = u.abs() @ t.lowrank.abs()
-        bound += 2**-7 * coefficients @ exact.branch_weight.abs()
+        coefficients = u.abs() @ branch_columns(t.lowrank).abs()
+        bound += 2**-8 * coefficients @ exact.branch_weight.abs()
+        bound += 0.51 * (coefficients @ rounded.branch_scale)[:, None]
     got = linear(t, rounded, x, types, qmax=config.qmax)
     want = linear(t, exact, x, types, qmax=0)
     assert bool(((got - want).abs() <= bound + 1e-4 * want.abs().max()).all())
@@ -232,7 +304,8 @@ def random_packed(t: GroupTransform, generator: torch.Generator) -> PackedLinear
         pack_int4(codes),
         torch.rand(len(t.widths), 5, generator=generator),
         None if t.shift is None else integers(generator, t.num_rows, 5),
-        integers(generator, rank, 5).bfloat16() if rank else None,
+        integers(generator, rank, 5).to(torch.int8) if rank else None,
+        2.0 ** integers(generator, rank, largest=1) if rank else None,
     )
 
 
@@ -278,7 +351,12 @@ def test_equal_transforms_make_types_irrelevant(plan: str, num_types: int, seed:
         assert t.lowrank is not None
         assert packed.branch_weight is not None
         t = replace(t, lowrank=t.lowrank[:, :2].repeat(1, num_types))
-        packed = replace(packed, branch_weight=packed.branch_weight[:2].repeat(num_types, 1))
+        assert packed.branch_scale is not None
+        packed = replace(
+            packed,
+            branch_weight=packed.branch_weight[:2].repeat(num_types, 1),
+            branch_scale=packed.branch_scale[:2].repeat(num_types),
+        )
     words = packed.weight.shape[1] // len(t.widths)
     packed = replace(
         packed,
@@ -372,6 +450,7 @@ def test_rotation_spreads_an_outlier_channel() -> None:
         ({"clip": torch.ones(3).half()}, "clip must be float32"),
         ({"clip": torch.tensor([1.0, float("nan"), 1.0])}, "clip must be finite"),
         ({"lowrank": torch.zeros(48, 3), "own_rank": 2}, "lowrank needs 2 columns"),
+        ({"lowrank": torch.zeros(48, 3).bfloat16()}, "lowrank must be float32 or int8"),
         ({"slice_of_type": (0, 1, 0)}, "slice_of_type must give each of 3 rows a slice"),
         ({"slice_of_type": (0, 0)}, "slice_of_type must give each of 3 rows a slice"),
     ],

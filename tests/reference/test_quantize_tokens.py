@@ -67,7 +67,7 @@ def test_a_bad_token_spoils_its_own_row_only(activation_bits: int, bad: float) -
         )
         assert bool((codes.to(torch.int32).abs() <= config.qmax)[[0, 1, 3]].all())
         product = int_mm(codes, packed.weight)
-        table = (packed.weight_scale, packed.bias_table, None, None)
+        table = (packed.weight_scale, packed.bias_table, None, None, None)
         return epilogue(product, scale, *table, None, t.slice_of_type, 0, x.dtype)
 
     x = torch.randn(4, 48)
