@@ -27,7 +27,7 @@ from torch import nn
 from .checkpoint import Checkpoint, PackedEntry, fingerprint
 from .config import QuantConfig
 from .errors import ConfigError
-from .fit import PLANS_TO_FIT, fit_group
+from .fit import fit_group
 from .observe import fit_cost, observed
 from .progress import Progress
 from .resume import RunFolder
@@ -54,7 +54,7 @@ def calibrate(
     batches    any iterable of inputs: a mapping is passed as keyword arguments, a tuple or list as positional ones,
                anything else as the only argument. For a diffusion language model mask them at various ratios
                (``MaskCollator``). What is needed more than once is read again; an iterator is kept on disk
-    config     None: the default one. ``plan`` must be "auto", "single", "shift" or "branch" so far
+    config     None: the default one
     progress   show a progress bar with the time left
     max_bytes  bound on the statistics that are held at a time on each device; None: half of its free memory. Less
                means more passes over the batches, not another result
@@ -65,13 +65,9 @@ def calibrate(
 
     Returns a checkpoint on the CPU.
     Raises ConfigError if there is nothing to calibrate, for NaN or infinite activations (naming the Linear), for a
-    plan that calibration cannot fit, and for a folder of another run.
+    plan that a group has no room for, and for a folder of another run.
     """
     config = config or QuantConfig()
-    if config.plan not in ("auto", *PLANS_TO_FIT):
-        raise ConfigError(
-            f"calibrate: QuantConfig.plan must be 'auto', 'single', 'shift' or 'branch' so far, got {config.plan!r}."
-        )
     if not config.quantize:
         config = replace(config, quantize=True)
     folder = None if resume is None else RunFolder(resume, config, model)
@@ -132,7 +128,7 @@ def _reader(batches: Iterable[Any] | None, folder: RunFolder | None) -> Batches:
 def _fit(statistics: GroupStatistics) -> Checkpoint:
     """A checkpoint of one group, on the CPU."""
     config, group = statistics.config, statistics.names[0]
-    transform, packed, errors = fit_group(statistics)
+    transform, packed, report = fit_group(statistics)
     host = torch.device("cpu")
     linears = {
         name: PackedEntry(
@@ -152,7 +148,7 @@ def _fit(statistics: GroupStatistics) -> Checkpoint:
     measured = {
         "tokens": tokens,
         "rare_types": [n for n in config.type_names if tokens[n] < FEW_TOKENS],
-        "error": errors,
+        **report,
     }
     return Checkpoint(config, {group: transform.to(host)}, linears, {group: measured})
 

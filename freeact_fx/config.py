@@ -59,6 +59,16 @@ class QuantConfig:
     clip_search: bool = True
     """Calibration: choose the clip of each type and of each output channel by measured error; costs about a
     tenth of the calibration time."""
+    plans_measured: int = 3
+    """Calibration: how many of the plans that are predicted best are measured before one is chosen; each costs as
+    much as fitting it. 6 measures all, so that ``predict.ranking_share`` can check the prediction."""
+    branch_absorbs: bool = True
+    """Calibration: under GPTQ, let the branch make up for a part of the rounding of the codes. Costs nothing."""
+    bias_correction: bool = False
+    """Calibration: take the mean error of each type's outputs, on the sample, out of its bias; no cost at run time."""
+    refine_steps: int = 0
+    """Calibration: steps of gradient descent on each group's transform and clips; 0: none. What they gave is kept where
+    it lowers the error on the held-out tokens; with few ``sample_tokens`` it may not."""
 
     def __post_init__(self) -> None:
         if isinstance(self.token_types, Mapping):
@@ -89,7 +99,12 @@ class QuantConfig:
             f"must be one of {', '.join(plans)}",
             nearest_name(str(self.plan), plans).strip(),
         )
-        for name, least, default in (("branch_rank", 1, 32), ("sample_tokens", 16, 256)):
+        for name, least, default in (
+            ("branch_rank", 1, 32),
+            ("sample_tokens", 16, 256),
+            ("plans_measured", 1, 3),
+            ("refine_steps", 0, 0),
+        ):
             value = getattr(self, name)
             ok = isinstance(value, int) and value >= least
             self._check(

@@ -1,147 +1,147 @@
-"""Fit a group's transform to its statistics, and its packed weights: plans, clips by type, codes, measured errors."""
+"""Fit a group: candidate plans within the budget, the predictor's order, the best few measured, the codes of one."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from .closed_form import fit_transform, transformed_moment
+from .config import QuantConfig
 from .errors import ConfigError
-from .reference import branch_product, quantize_tokens, rows_of_type, transform, unpack_int4
+from .moments import GroupMoments
+from .plans import fit_transform, with_branch
+from .predict import ErrorsByLinear, mean_error, predicted_errors
+from .round_group import (
+    RoundedLinear,
+    WeightSide,
+    measured_errors,
+    round_group,
+    search_clip,
+    weight_sides,
+)
 from .statistics import GroupStatistics
-from .transform import GroupTransform, PackedLinear, pack_linear
+from .transform import GroupTransform, PackedLinear
 
-PLANS_TO_FIT = ("single", "shift", "branch")
-_CLIPS = torch.linspace(0.5, 1.0, 11).tolist()
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan fitted to a group. ``branch`` comes twice: with shared columns, and with own columns by type."""
+
+    label: str
+    fitted: GroupTransform
+    sides: list[WeightSide]
+    predicted: ErrorsByLinear
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A candidate with its codes, and the errors that they make on the held-out tokens."""
+
+    candidate: Candidate
+    linears: list[RoundedLinear]
+    errors: ErrorsByLinear
+
+    @property
+    def error(self) -> float:
+        return mean_error(self.errors)
 
 
 def fit_group(
     statistics: GroupStatistics,
 ) -> tuple[GroupTransform, list[PackedLinear], dict[str, Any]]:
-    """Fit each plan that may be chosen, keep the one with the least error on the sample, and choose its codes well."""
-    config = statistics.config
-    device = statistics.weights[0].device
-    gram, means = statistics.gram().to(device), statistics.means().to(device)
-    best: tuple[float, GroupTransform, list[PackedLinear], dict[str, Any]] | None = None
-    for plan in PLANS_TO_FIT if config.plan == "auto" else (config.plan,):
-        rank = statistics.branch_rank() if plan == "branch" else 0
-        if plan == "branch" and not rank:
-            continue
-        moment = statistics.mixture(gram, centred=plan != "single")
-        fitted = fit_transform(plan, means, moment, gram, config, rank)
-        if config.clip_search:
-            fitted = replace(fitted, clip=_search_clip(fitted, statistics))
-        packed = _pack(fitted, statistics, None)
-        errors = _measure(fitted, packed, statistics)
-        if best is None or _mean_error(errors) < best[0]:
-            best = (_mean_error(errors), fitted, packed, errors)
-    if best is None:
-        raise ConfigError(
-            f"calibrate: {statistics.names[0]}: QuantConfig.memory_budget={config.memory_budget} leaves no "
-            f"room for a branch. Raise it, or choose plan='auto'."
-        )
-    error, fitted, packed, errors = best
-    if config.gptq:
-        # Plans are compared rounded to nearest, which ranks them alike at a fraction of the time.
-        moment = statistics.mixture(gram, centred=fitted.shift is not None)
-        repacked = _pack(fitted, statistics, transformed_moment(fitted, moment))
-        remeasured = _measure(fitted, repacked, statistics)
-        if _mean_error(remeasured) < error:
-            packed, errors = repacked, remeasured
-    return fitted, packed, errors
+    """Fit the group's plan, or with ``plan="auto"`` the best of those that ``memory_budget`` pays for.
 
+    All candidates are fitted and ordered by their predicted error; the first ``QuantConfig.plans_measured`` of them are
+    rounded to nearest and measured on the held-out tokens, which ranks them as GPTQ would at a fraction of the time.
+    The best and ``single`` then get their codes alike, and the better of the two is kept: so ``auto`` is never worse
+    than ``single`` on the held-out tokens.
 
-def _pack(
-    fitted: GroupTransform, statistics: GroupStatistics, hessian: Tensor | None
-) -> list[PackedLinear]:
-    return [
-        pack_linear(
-            fitted,
-            weight.detach().float(),
-            None if bias is None else bias.detach().float(),
-            statistics.config,
-            hessian,
-        )
-        for weight, bias in zip(statistics.weights, statistics.biases, strict=True)
-    ]
-
-
-def _mean_error(errors: dict[str, dict[str, float]]) -> float:
-    """Relative error of a group: types count alike, and so do its Linears."""
-    return sum(sum(by_type.values()) / len(by_type) for by_type in errors.values()) / len(errors)
-
-
-def _search_clip(fitted: GroupTransform, statistics: GroupStatistics) -> Tensor:
-    """The clip of each type with the least squared error on the sample, in transformed coordinates.
-
-    Why not of the outputs: the transform has made all coordinates matter about equally, and this is far cheaper.
+    Returns the transform, the packed Linears in the order of ``statistics.names``, and what the checkpoint keeps:
+    ``predicted`` and ``error`` (measured) by Linear and type, and ``plans``, both as means for each plan.
+    Raises ConfigError if the plan leaves no room.
     """
-    clip = fitted.clip.clone()
-    tokens, types = (t.to(clip.device) for t in statistics.samples())
-    seen = types.unique().tolist()
-    for index in seen:
-        z, _ = _transformed(fitted, tokens[types == index], types[types == index])
-        errors = []
-        for candidate in _CLIPS:
-            ratio = torch.tensor([candidate], device=clip.device)
-            codes, scale = quantize_tokens(z, ratio, statistics.config.qmax)
-            errors.append(float((codes.float() * scale - z).square().sum()))
-        clip[index] = _CLIPS[errors.index(min(errors))]
-    clip[-1] = max(clip[i] for i in seen)
-    return clip
+    config = statistics.config
+    moments = GroupMoments.of(statistics)
+    candidates = _fitted(_plans(moments), moments)
+    candidates.sort(key=lambda candidate: mean_error(candidate.predicted))
+    tried = [_round(c, moments, by_gptq=False) for c in candidates[: config.plans_measured]]
+    best = min(tried, key=lambda m: m.error)
+    finalists = [best]
+    if config.plan == "auto" and best.candidate.label != "single":
+        finalists += [m for m in tried if m.candidate.label == "single"] or [
+            _round(c, moments, by_gptq=False) for c in candidates if c.label == "single"
+        ]
+    if config.gptq:
+        finalists += [_round(m.candidate, moments, by_gptq=True) for m in finalists]
+    best = min(finalists, key=lambda m: m.error)
+    measured = {m.candidate.label: m.error for m in tried}
+    report = {
+        "error": best.errors,
+        "predicted": best.candidate.predicted,
+        "plans": {
+            c.label: {"predicted": mean_error(c.predicted), "measured": measured.get(c.label)}
+            for c in candidates
+        },
+    }
+    return best.candidate.fitted, [linear.packed() for linear in best.linears], report
 
 
-def _transformed(
-    fitted: GroupTransform, tokens: Tensor, types: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    return transform(
-        tokens,
-        types,
-        fitted.shift,
-        fitted.channel_scale,
-        fitted.left,
-        fitted.right,
-        fitted.lowrank,
-        fitted.widths,
-        fitted.slice_of_type,
-        0,
-        fitted.own_rank,
-    )
+def _plans(moments: GroupMoments) -> dict[str, int]:
+    """The plans to fit, by label, with the rank of their branch."""
+    config = moments.statistics.config
+    num_slices = len(moments.slices()[0])
+    rank = moments.statistics.branch_rank()
+    # A branch of one type's own is a shared one.
+    own_rank = rank - rank % config.num_types if config.num_types > 1 else 0
+    found = {"single": 0, "shift": 0}
+    if 1 < num_slices <= moments.shape[0]:
+        found["paper"] = 0
+    if 1 < num_slices <= config.memory_budget or config.plan == "duplicate":
+        found["duplicate"] = 0
+    if rank:
+        found["branch"] = rank
+    if own_rank:
+        found["own branch"] = own_rank
+    if config.plan == "auto":
+        return found
+    found = {label: rank for label, rank in found.items() if label.endswith(config.plan)}
+    if not found:
+        raise ConfigError(_no_room(moments.statistics.names[0], config, moments))
+    return found
 
 
-def _measure(
-    fitted: GroupTransform, packed: list[PackedLinear], statistics: GroupStatistics
-) -> dict[str, dict[str, float]]:
-    """Squared error of each Linear's outputs on the sample, relative to their energy, by type name."""
-    names = (*statistics.config.type_names, "untyped")
-    tokens, types = (t.to(fitted.left.device) for t in statistics.samples())
-    z, coefficients = _transformed(fitted, tokens, types)
-    codes, scale = quantize_tokens(
-        z, rows_of_type(fitted.clip, types, 0).unsqueeze(1), statistics.config.qmax
-    )
-    errors: dict[str, dict[str, float]] = {}
-    for name, weight, bias, linear in zip(
-        statistics.names, statistics.weights, statistics.biases, packed, strict=True
-    ):
-        want = tokens @ weight.detach().float().t()
-        dequantized = (
-            unpack_int4(linear.weight, codes.shape[1]).float() * linear.weight_scale[0][:, None]
+def _no_room(name: str, config: QuantConfig, moments: GroupMoments) -> str:
+    if config.plan == "branch":
+        return (
+            f"calibrate: {name}: QuantConfig.memory_budget={config.memory_budget} leaves no room for a "
+            f"branch. Raise it, or choose plan='auto'."
         )
-        got = (codes.float() * scale) @ dequantized.t()
-        if coefficients is not None:
-            assert linear.branch_weight is not None
-            assert linear.branch_scale is not None
-            got = got + branch_product(coefficients, linear.branch_weight, linear.branch_scale)
-        if linear.bias_table is not None:
-            got = got + linear.bias_table[types] - (0 if bias is None else bias.detach().float())
-        difference, energy = (got - want).square().sum(1), want.square().sum(1)
-        errors[name] = {
-            names[i]: float(
-                difference[types == i].sum() / energy[types == i].sum().clamp_min(1e-30)
-            )
-            for i in types.unique().tolist()
-        }
-    return errors
+    return (
+        f"calibrate: {name}: QuantConfig.plan='paper' needs at least two token types with tokens to "
+        f"calibrate on, and at most {moments.shape[0]}, got {len(moments.slices()[0])}. Choose plan='auto'."
+    )
+
+
+def _fitted(plans: dict[str, int], moments: GroupMoments) -> list[Candidate]:
+    statistics = moments.statistics
+    candidates, shifted = [], None
+    for label, rank in plans.items():
+        if rank or label == "shift":
+            shifted = shifted or fit_transform("shift", moments)
+            fitted = shifted
+        else:
+            fitted = fit_transform(label, moments)
+        if rank:
+            fitted = with_branch(fitted, moments, rank, own=label == "own branch")
+        sides = weight_sides(fitted, statistics)
+        predicted = predicted_errors(fitted, [side.rest for side in sides], moments)
+        # The weight side does not depend on clips.
+        if statistics.config.clip_search:
+            fitted = search_clip(fitted, statistics)
+        candidates.append(Candidate(label, fitted, sides, predicted))
+    return candidates
+
+
+def _round(candidate: Candidate, moments: GroupMoments, *, by_gptq: bool) -> Measured:
+    fitted, statistics = candidate.fitted, moments.statistics
+    linears = round_group(fitted, candidate.sides, moments, by_gptq=by_gptq)
+    return Measured(candidate, linears, measured_errors(fitted, linears, statistics))

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from .config import PLANS, QuantConfig
-from .gptq import gptq
 from .reference import branch_codes, branch_columns, pack_int4
 
 MIN_FEATURES = 32
@@ -242,12 +241,8 @@ def pack_linear(
     weight: Tensor,
     bias: Tensor | None,
     config: QuantConfig,
-    hessian: Tensor | None = None,
 ) -> PackedLinear:
-    """Fold the group's weight side into a dense weight [N, K] and pack it.
-
-    hessian  [K', K'] second moment of the transformed activations: codes are then chosen by GPTQ; None: to nearest
-    """
+    """Fold the group's weight side into a dense weight [N, K] and pack it, rounded to nearest."""
     transform = transform.to(weight.device)
     rest, branch = transform.split_branch(transform.transformed_weight(weight))
     transformed = rest.float()
@@ -262,13 +257,6 @@ def pack_linear(
     sizes = [width * transform.right.shape[-1] for width in transform.widths]
     parts = transformed.split(sizes, 1)
     pairs = [quantize_weight(part, search=config.clip_search) for part in parts]
-    if hessian is not None:
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        blocks = [hessian[a : a + n, a : a + n] for a, n in zip(starts, sizes, strict=True)]
-        pairs = [
-            (gptq(part, scale, block, config.gptq_damping), scale)
-            for part, (_, scale), block in zip(parts, pairs, blocks, strict=True)
-        ]
     return PackedLinear(
         pack_int4(torch.cat([codes for codes, _ in pairs], 1)),
         torch.stack([scale for _, scale in pairs]),

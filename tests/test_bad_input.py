@@ -367,11 +367,13 @@ def test_calibrate_when_everything_is_skipped() -> None:
         freeact_fx.calibrate(tiny_model(), [masked_ids()], config, progress=False)
 
 
-@pytest.mark.parametrize("plan", ["paper", "duplicate"])
-def test_calibrate_a_plan_it_cannot_fit(plan: str) -> None:
-    message = literally("calibrate: QuantConfig.plan must be", f"got {plan!r}")
+def test_calibrate_paper_with_one_type() -> None:
+    config = replace(CONFIG, plan="paper", token_types=TokenTypes.explicit("one"), sink=None)
+    message = literally(
+        "calibrate: blocks.0.q", "plan='paper' needs at least two token types", "plan='auto'"
+    )
     with pytest.raises(ConfigError, match=message):
-        freeact_fx.calibrate(tiny_model(), [masked_ids()], replace(CONFIG, plan=plan))
+        freeact_fx.calibrate(tiny_model(), [masked_ids()], config, progress=False)
 
 
 def test_calibrate_a_branch_without_memory_for_one() -> None:
