@@ -18,6 +18,7 @@ from .config import QuantConfig
 from .convert import FreeActLinear, convert
 from .errors import CheckpointError, ConfigError, UnsupportedLinear
 from .explain import explain
+from .mask_collator import MaskCollator
 from .report import LinearReport, Report
 from .rewrite import rewrite
 from .token_types import TokenType, TokenTypes, token_types
@@ -29,6 +30,7 @@ __all__ = [
     "ConfigError",
     "FreeActLinear",
     "LinearReport",
+    "MaskCollator",
     "QuantConfig",
     "Report",
     "TokenType",
