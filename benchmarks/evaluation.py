@@ -22,6 +22,8 @@ from small_models import BOS, DATA, EOS, IMAGE_TOKEN, MASK_TOKEN, NUM_PATCHES, T
 from torch import Tensor
 from tqdm import tqdm
 
+from freeact_fx import MaskCollator
+
 # <bos>, 64 image tokens, the longest question (19 tokens), the longest answer (3) and <eos>.
 VLM_LENGTH = 88
 
@@ -60,16 +62,21 @@ class Score:
         return (self.accuracy * (1 - self.accuracy) / self.num_scored) ** 0.5
 
 
+def text_ids(split: str, name: str) -> Tensor:
+    """All token ids [n] of a text; split is "evals" or "calibration", name is "wiki" or "gsm"."""
+    return torch.from_numpy(np.load(DATA / f"{split}.npz")[name].astype(np.int64))
+
+
 def text_windows(split: str, name: str, num: int, length: int = 512, offset: int = 0) -> Tensor:
-    """Token ids [num, length]; split is "evals" or "calibration", name is "wiki" or "gsm"."""
-    ids = np.load(DATA / f"{split}.npz")[name][offset : offset + num * length]
-    return torch.from_numpy(ids.astype(np.int64)).view(num, length)
+    """Token ids [num, length] of a text, one window after the other."""
+    return text_ids(split, name)[offset : offset + num * length].view(num, length)
 
 
 def calibration_windows(name: str, num: int, length: int = 512, seed: int = 0) -> Tensor:
     """Token ids [num, length] to calibrate on; each seed goes on where the one before ended."""
-    num_there = len(np.load(DATA / "calibration.npz")[name]) // length
-    windows = text_windows("calibration", name, num_there, length)
+    ids = text_ids("calibration", name)
+    num_there = len(ids) // length
+    windows = ids[: num_there * length].view(num_there, length)
     return windows[(seed * num + torch.arange(num)) % num_there]
 
 
@@ -101,13 +108,9 @@ def dllm_calibration_batches(
 def masked_calibration_batches(
     windows: Tensor, seed: int, mask_token: int = MASK_TOKEN
 ) -> list[dict[str, Tensor]]:
-    """Windows [num, length] in random order, one a batch, each masked at a ratio of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    batches = []
-    for window in windows[torch.randperm(len(windows), generator=generator)]:
-        ratio = 0.05 + 0.95 * (1 - torch.rand((), generator=generator))
-        batches.append({"input_ids": mask_tokens(window[None], ratio, generator, mask_token)[0]})
-    return batches
+    """Windows [num, length], one a batch, each masked at a ratio of its own."""
+    collate = MaskCollator(mask_token, seed=seed)
+    return [collate(window) for window in windows.split(1)]
 
 
 # Logits that are held at a time: 268 MB in fp32.

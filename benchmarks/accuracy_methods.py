@@ -1,0 +1,142 @@
+"""The rows of the accuracy benchmark: a name, what it is, and how its checkpoint is calibrated.
+
+To add a row, add a line to `METHODS`: a function `(model, batches, config) -> Checkpoint` and the
+fields in which its configuration differs from the default one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import baselines
+from accuracy_models import Batches
+from torch import nn
+
+import freeact_fx
+from freeact_fx import Checkpoint, QuantConfig, TokenTypes
+
+FORMATS = {"w4a4": 4, "w4a8": 8}
+MEMORY_BUDGET = 1.25
+
+ONE_TYPE = {"token_types": TokenTypes.single(), "sink": None}
+
+Calibrate = Callable[[nn.Module, Batches, QuantConfig], Checkpoint]
+
+
+def ours(model: nn.Module, batches: Batches, config: QuantConfig) -> Checkpoint:
+    return freeact_fx.calibrate(model, batches, config)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row.
+
+    what       said in the table of the documentation
+    calibrate  None: the float model itself
+    changes    fields of QuantConfig that differ from the default row's
+    models     names in accuracy_models.MODELS for which the row is measured without being asked for
+               by name; None: all
+    formats    the same, of FORMATS
+    """
+
+    what: str
+    calibrate: Calibrate | None = ours
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    models: tuple[str, ...] | None = None
+    formats: tuple[str, ...] = tuple(FORMATS)
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.calibrate not in (None, ours)
+
+    def belongs(self, model: str, format_: str) -> bool:
+        """Whether the row is measured without being asked for by name."""
+        return (self.models is None or model in self.models) and format_ in self.formats
+
+    def config(
+        self, token_types: TokenTypes, format_: str, seed: int, skip: Sequence[str] = ()
+    ) -> QuantConfig:
+        """The row's configuration; `skip` are layers to leave float besides the head."""
+        default = QuantConfig(
+            token_types=token_types,
+            activation_bits=FORMATS[format_],
+            memory_budget=MEMORY_BUDGET,
+            seed=seed,
+            skip=("lm_head", *skip),
+        )
+        return replace(default, **self.changes)
+
+
+def _ablation(what: str, *models: str, **changes: Any) -> Method:
+    """Our default with something changed, at W4A4, on the masked-diffusion model and `models`."""
+    return Method(what, ours, changes, ("dllm", *models), ("w4a4",))
+
+
+def _baseline(what: str, calibrate: Callable[..., Checkpoint], **options: Any) -> Method:
+    """Takes formats, seed and calibration settings from the default row's configuration."""
+    return Method(what, partial(calibrate, **options))
+
+
+WITH_OURS = {"gptq": True, "clip_search": True}
+METHODS = {
+    "float": Method("the model as it is", None),
+    "rtn": _baseline("round to nearest, no transform", baselines.rtn),
+    "smooth+hadamard": _baseline(
+        "SmoothQuant's scale and a Hadamard transform, like QuaRot", baselines.smooth_hadamard
+    ),
+    "smooth+hadamard+gptq": _baseline(
+        "the same, our GPTQ and clip search", baselines.smooth_hadamard, **WITH_OURS
+    ),
+    "closed-form single": _baseline(
+        "one closed-form transform, weights to nearest", baselines.closed_single
+    ),
+    "closed-form single+gptq": _baseline(
+        "the same, our GPTQ and clip search", baselines.closed_single, **WITH_OURS
+    ),
+    "flatquant-like": _baseline(
+        "one learned Kronecker transform with learned clips, published schedule, weights to nearest",
+        baselines.flatquant_like,
+    ),
+    "flatquant-like+gptq": _baseline("the same, our GPTQ", baselines.flatquant_like, gptq=True),
+    "flatquant-like short": replace(
+        _baseline("flatquant-like, 5 epochs instead of 15", baselines.flatquant_like, epochs=5),
+        models=(),
+    ),
+    "default": Method("ours: plan auto, types, sink, GPTQ, clips"),
+    "one type": Method("the default, one type for all tokens", changes=ONE_TYPE),
+    "all plans measured": _ablation(
+        "the default, which otherwise measures only the plans predicted best",
+        "vlm",
+        "smollm2",
+        "gemma3",
+        plans_measured=6,
+    ),
+    "single": _ablation("plan single: one transform, no shift", plan="single"),
+    "shift": _ablation("plan shift: a mean of its own per type", plan="shift"),
+    "paper": _ablation("plan paper: zero-padded slices", plan="paper"),
+    "duplicate": _ablation(
+        "plan duplicate: own transform per type, T times the storage", plan="duplicate"
+    ),
+    "branch": _ablation("plan branch in every group", plan="branch"),
+    "no branch": _ablation("the default without room for a branch", memory_budget=1.0),
+    "no sink": _ablation(
+        "the default, the first token not a type of its own", "vlm", "smollm2", "gemma3", sink=None
+    ),
+    "only sink": _ablation(
+        "the default, the first token the only type of its own", token_types=TokenTypes.single()
+    ),
+    "no gptq": _ablation("the default, weights rounded to nearest", gptq=False),
+    "no clip search": _ablation("the default without a search for clips", clip_search=False),
+    "no absorbing": _ablation(
+        "the default, the branch not made to absorb rounding", branch_absorbs=False
+    ),
+    "bias correction": _ablation(
+        "the default, mean errors of each type taken out of its bias", bias_correction=True
+    ),
+    "refined": _ablation(
+        "the default, its transforms refined by 100 steps of descent", refine_steps=100
+    ),
+}

@@ -1,0 +1,327 @@
+"""The accuracy benchmark: what is predicted where, scores by rows, and what is made of measured rows."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import accuracy
+import evaluation
+import pytest
+import torch
+from accuracy_methods import METHODS
+from accuracy_scoring import put_head_on, take_head_off
+from accuracy_summary import (
+    fill_document,
+    gap_closed,
+    metric_by_seed,
+    plot,
+    read_rows,
+    summarise,
+    tables,
+)
+from evaluation import Predictions, masked_predictions, next_token_predictions, score
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+VOCABULARY = 32
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+
+
+def row(
+    model: str, method: str, seed: int = 0, format_: str = "w4a4", **fields: Any
+) -> dict[str, Any]:
+    metrics = {name: fields.pop(name) for name in ("nll", "kl", "exact_match") if name in fields}
+    key = {"model": model, "method": method, "format": format_, "seed": seed}
+    rest = {"environment": {"cpu": "a"}, "scored": {"wiki": 6, "gsm": 4}}
+    return {**key, "metrics": metrics, **rest, **fields}
+
+
+def of_float(model: str, nll: float) -> dict[str, Any]:
+    return row(model, "float", format_="float", nll=nll)
+
+
+DLLM = [
+    of_float("dllm", 2.0),
+    row("dllm", "default", 0, nll=2.1, kl=0.05),
+    row("dllm", "default", 1, nll=2.2, kl=0.06),
+    row("dllm", "flatquant-like", 0, nll=2.4, kl=0.20),
+    row("dllm", "flatquant-like", 1, nll=2.4, kl=0.20),
+]
+
+
+# ------------------------------------------------------------------ from rows to numbers
+
+
+def test_gap_closed_is_a_ratio_of_gaps_averaged_over_seeds() -> None:
+    closed = gap_closed(DLLM, "dllm", "default", "flatquant-like")
+    assert closed["nll"] == pytest.approx(1 - 0.15 / 0.4)
+    assert closed["kl"] == pytest.approx(1 - 0.055 / 0.2)
+    # Per seed 0.75 and 0.5 in NLL, 0.75 and 0.7 in KL.
+    assert closed["nll_spread"] == pytest.approx(0.25 / math.sqrt(2))
+    assert closed["kl_spread"] == pytest.approx(0.05 / math.sqrt(2))
+    assert closed["spread"] == closed["nll_spread"]
+    assert closed["against"] == "flatquant-like"
+    assert gap_closed(DLLM, "dllm", "default", "not measured", "flatquant-like") == closed
+
+
+def test_gap_closed_takes_only_seeds_that_both_have() -> None:
+    closed = gap_closed(DLLM[:4], "dllm", "default", "flatquant-like")
+    assert closed["nll"] == pytest.approx(0.75)
+    assert closed["nll_spread"] is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "what"),
+    [
+        ([r for r in DLLM if r["method"] != "float"], {"kl"}),
+        ([r for r in DLLM if r["method"] != "flatquant-like"], set()),
+        ([of_float("dllm", 2.5), *DLLM[1:]], {"kl"}),
+    ],
+    ids=["no float row, no NLL gap", "nothing to compare with", "no gap to close"],
+)
+def test_gap_closed_without_a_gap(rows: list[dict[str, Any]], what: set[str]) -> None:
+    assert gap_closed(rows, "dllm", "default", "flatquant-like").keys() & {"nll", "kl"} == what
+
+
+def test_summary_has_the_promised_keys() -> None:
+    rows = [
+        *DLLM,
+        row("dllm", "one type", 0, nll=2.2, kl=0.08),
+        row("dllm", "all plans measured", 0, nll=2.1, ranking=1.0, num_groups=120),
+        row("smollm2", "all plans measured", 0, nll=3.1, ranking=0.5, num_groups=40),
+        of_float("vlm", 0.08),
+        row("vlm", "default", 0, nll=0.09, exact_match=0.9),
+        row("vlm", "default", 1, nll=0.11, exact_match=0.9),
+        row("vlm", "default", 0, "w4a8", nll=5.0, exact_match=0.9, calibrate_s=7.0),
+    ]
+    summary = summarise(rows, {"torch": "2"})
+    assert json.loads(json.dumps(summary)) == summary
+    assert summary["environment"] == {"torch": "2", "measured": [{"cpu": "a"}]}
+    assert {tuple(result) for result in summary["results"]} == {
+        ("model", "method", "format", "seed", "metric", "value")
+    }
+    assert {"nll", "kl", "exact_match", "calibrate_s"} == {r["metric"] for r in summary["results"]}
+    assert summary["gap_closed"].keys() == {"dllm"}
+    assert summary["types_alone"]["dllm"]["nll"] == pytest.approx(0.5)
+    assert summary["types_alone"]["dllm"]["kl"] == pytest.approx(1 - 0.05 / 0.08)
+    assert summary["tokens_scored"] == {"dllm": 10, "smollm2": 10, "vlm": 10}
+    assert summary["vlm_dnll"] == pytest.approx(0.02)
+    assert summary["predictor_ranking"] == {"all": 0.875, "dllm": 1.0, "smollm2": 0.5}
+
+
+def test_table_shows_mean_and_spread_of_each_method() -> None:
+    rows = tables(summarise(DLLM, {}))["dllm", "w4a4"]
+    assert rows[0] == ["method", "NLL", "KL to float"]
+    assert rows[1] == ["float", "2.0000", ""]
+    assert rows[2] == ["default", "2.1500 ± 0.0707", "0.0550 ± 0.0071"]
+
+
+def test_document_keeps_what_is_outside_the_marks(tmp_path: Path) -> None:
+    file = tmp_path / "doc.md"
+    marks = "<!-- begin {0} -->\nold\n<!-- end {0} -->\n"
+    file.write_text("prose\n" + marks.format("dllm w4a4") + "more\n" + marks.format("vlm w4a4"))
+    fill_document(file, summarise(DLLM, {}), {"default": "ours"})
+    text = file.read_text()
+    assert text.startswith("prose\n<!-- begin dllm w4a4 -->\n| method | NLL | KL to float |\n|---|")
+    assert "| default | 2.1500 ± 0.0707 | 0.0550 ± 0.0071 |\n" in text
+    assert text.endswith("more\n" + marks.format("vlm w4a4"))
+
+
+def test_plot_is_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot(summarise(DLLM, {}), tmp_path / "new" / "plot.png")
+    assert (tmp_path / "new" / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ------------------------------------------------------------------ the work file
+
+
+def test_an_unfinished_last_line_is_no_row(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    assert read_rows(file) == []
+    file.write_text('{"a": 1}\n{"a": 2}\n{"a": ')
+    assert read_rows(file) == [{"a": 1}, {"a": 2}]
+    file.write_text('{"a": \n{"a": 2}\n')
+    with pytest.raises(json.JSONDecodeError):
+        read_rows(file)
+
+
+def test_a_row_stands_only_for_its_own_key() -> None:
+    old = {"model": "dllm", "seed": 0, "source": "a", "config": "c", "value": 1}
+    rows = [old, old | {"value": 2}, old | {"source": "b", "value": 3}]
+    key = {"model": "dllm", "seed": 0, "source": "a", "config": "c"}
+    assert accuracy.find_row(rows, key) == rows[1]
+    assert accuracy.find_row(rows, key | {"source": "new"}) is None
+    assert accuracy.find_row(rows, key | {"source": "new"}, any_source=True) == rows[2]
+    assert accuracy.find_row(rows, key | {"seed": 1}, any_source=True) is None
+
+
+def test_jobs_name_float_once_and_ablations_where_they_belong() -> None:
+    methods = dict.fromkeys(("dllm", "gemma3"), ("float", "default", "shift"))
+    both = ("w4a4", "w4a8")
+    jobs = list(accuracy.jobs_of(list(methods), methods, both, (0, 1), all_asked_for=False))
+    counted = [(j.model, j.method, j.format) for j in jobs]
+    assert counted.count(("dllm", "float", "float")) == 1
+    assert counted.count(("gemma3", "default", "w4a8")) == 2
+    assert [j for j in jobs if j.method == "shift"] == [
+        accuracy.Job("dllm", "shift", "w4a4", seed) for seed in (0, 1)
+    ]
+    asked = list(accuracy.jobs_of(["gemma3"], methods, ("w4a8",), (0,), all_asked_for=True))
+    assert accuracy.Job("gemma3", "shift", "w4a8", 0) in asked
+
+
+def test_every_method_has_a_legal_config() -> None:
+    types = accuracy.MODELS["dllm"].token_types
+    for method in METHODS.values():
+        for format_ in accuracy.FORMATS:
+            assert method.config(types, format_, seed=3).seed == 3
+    one, default = (METHODS[n].config(types, "w4a4", 0) for n in ("one type", "default"))
+    assert (one.num_types, default.num_types) == (1, 3)
+    assert one.memory_budget == default.memory_budget <= 1.25
+
+
+# ------------------------------------------------------------------ predictions and scores
+
+
+def test_masked_positions_predict_what_was_there() -> None:
+    windows = torch.randint(20, VOCABULARY, (4, 16))
+    for shifted in (True, False):
+        batches = masked_predictions(windows, 0.4, batch_size=2, mask_token=3, shifted=shifted)
+        assert len(batches) == 2
+        for batch, originals in zip(batches, windows.split(2), strict=True):
+            ids = batch.inputs["input_ids"]
+            assert (ids.flatten()[batch.where + int(shifted)] == 3).all()
+            assert len(batch.where) == (ids == 3).sum() > 0
+            assert torch.equal(originals.flatten()[batch.where + int(shifted)], batch.targets)
+            assert not (ids[:, 0] == 3).any()
+
+
+def test_next_tokens_are_predicted_within_their_window() -> None:
+    windows = torch.arange(12).view(3, 4)
+    first, second = next_token_predictions(windows, batch_size=2)
+    assert first.where.tolist() == [0, 1, 2, 4, 5, 6]
+    assert first.targets.tolist() == [1, 2, 3, 5, 6, 7]
+    assert second.targets.tolist() == [9, 10, 11]
+
+
+def random_batch(items: list[int]) -> Predictions:
+    ids = torch.randint(0, VOCABULARY, (2, 8))
+    where = torch.randperm(16)[: len(items)]
+    targets = torch.randint(0, VOCABULARY, (len(items),))
+    return Predictions({"input_ids": ids}, where, targets, torch.tensor(items))
+
+
+def test_scores_by_rows_are_those_of_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head on chosen rows, in chunks, a token that can never be predicted, two models apart."""
+    embedding = torch.nn.Embedding(VOCABULARY, 5)
+    head = torch.nn.Linear(5, VOCABULARY)
+    head.bias.data[7] = -math.inf
+    batches = [random_batch(list(range(9))), random_batch(list(range(4)))]
+    for batch in batches:
+        batch.targets[batch.targets == 7] = 8
+    log_p, log_q, targets, float_rows = [], [], [], []
+    for batch in batches:
+        rows = embedding(batch.inputs["input_ids"]).flatten(0, 1)[batch.where].detach()
+        float_rows.append(rows + 0.3 * torch.randn_like(rows))
+        log_q.append(head(rows).log_softmax(-1))
+        log_p.append(head(float_rows[-1]).log_softmax(-1))
+        targets.append(batch.targets)
+    p, q, target = torch.cat(log_p), torch.cat(log_q), torch.cat(targets)
+    possible = torch.arange(VOCABULARY) != 7
+    kl = (p.exp() * (p - q))[:, possible].sum(1).mean()
+    for limit in (1 << 26, 3 * VOCABULARY):
+        monkeypatch.setattr(evaluation, "_MAX_LOGITS", limit)
+        got = score(lambda input_ids: embedding(input_ids), batches, "", head, float_rows)
+        assert got.num_scored == got.num_tokens == 13
+        assert got.nll == pytest.approx(-q[torch.arange(13), target].mean().item(), rel=1e-5)
+        assert got.accuracy == pytest.approx((q.argmax(-1) == target).float().mean().item())
+        assert got.kl == pytest.approx(kl.item(), rel=1e-5)
+        same = score(lambda input_ids: head(embedding(input_ids)), batches, "")
+        assert same.nll == pytest.approx(got.nll, rel=1e-5)
+        assert (same.accuracy, same.kl) == (got.accuracy, None)
+
+
+def test_an_item_is_right_if_all_its_tokens_are() -> None:
+    batch = random_batch([0, 0, 1, 1, 2])
+    logits = torch.nn.functional.one_hot(batch.targets, VOCABULARY).float()
+    logits[1] = -logits[1]  # the second token of item 0
+    output = torch.zeros(16, VOCABULARY)
+    output[batch.where] = logits
+    got = score(lambda input_ids: output.view(2, 8, VOCABULARY), [batch], "")
+    assert (got.accuracy, got.num_scored, got.num_tokens) == (2 / 3, 3, 5)
+
+
+def test_the_head_comes_off_and_on() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    batch = random_batch(list(range(6)))
+    before = model(**batch.inputs).logits
+    head = take_head_off(model, {"set": [batch]})
+    assert model(**batch.inputs).logits.shape == (2, 8, 32)
+    put_head_on(model, head)
+    torch.testing.assert_close(model(**batch.inputs).logits, before)
+
+
+def test_capped_logits_cannot_be_scored_by_rows() -> None:
+    config = Gemma2Config(**SIZES, final_logit_softcapping=0.05)
+    with pytest.raises(SystemExit, match="does more to its logits than its head"):
+        take_head_off(Gemma2ForCausalLM(config).eval(), {"set": [random_batch([0, 1])]})
+
+
+# ------------------------------------------------------------------ the whole walk
+
+
+def save_tiny_model(folder: Path) -> None:
+    """A random Llama with a tokenizer whose words are numbers."""
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(folder)
+    words = {str(i): i for i in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="0").save_pretrained(folder)
+
+
+def test_any_model_id_through_a_fresh_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calibrate, save, load elsewhere, convert, compile, score, sum up. Slow: two processes import torch."""
+    save_tiny_model(tmp_path / "model")
+    words = torch.randint(0, VOCABULARY - 1, (4 * 512,)).tolist()
+    (tmp_path / "text.txt").write_text(" ".join(map(str, words)))
+    command = (
+        f"accuracy.py --model-id {tmp_path}/model --kind dllm --mask-token-id {VOCABULARY - 1} "
+        f"--text-file {tmp_path}/text.txt --methods float default --formats w4a8 --seeds 0 "
+        f"--compiler eager --calibration-windows 2 --windows 2 --cache {tmp_path}/cache "
+        f"--parts {tmp_path}/rows.jsonl --plot {tmp_path}/plot.png --out {tmp_path}/out.json"
+    )
+    monkeypatch.setattr(sys, "argv", command.split())
+    accuracy.main()
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert [r["method"] for r in rows] == ["float", "default"]
+    assert rows[1]["quantised"] == "14 of 14 Linears"
+    summary = json.loads((tmp_path / "out.json").read_text())
+    model = f"{tmp_path}/model"
+    found = {r["metric"]: r["value"] for r in summary["results"] if r["method"] == "default"}
+    assert found["nll text 0.6"] > 0
+    assert 0 < found["kl"] < 0.01
+    before = metric_by_seed(rows, model, "float", "float", "nll")[0]
+    assert abs(found["nll"] - before) < 0.01
+    accuracy.main()  # everything is there: nothing is measured again
+    assert len(read_rows(tmp_path / "rows.jsonl")) == 2
