@@ -49,8 +49,8 @@ class QuantConfig:
     seed: int = 0
     """Seed of the data-free orthogonal transforms and of the calibration samples."""
     sample_tokens: int = 256
-    """Calibration: tokens kept per group and type to fit on, and as many again, held out, to compare plans on.
-    Memory: 2 x tokens x types x K x 4 bytes per group."""
+    """Calibration: tokens kept per group and type to fit on, and as many again, held out, to compare plans on; the
+    moments do without these. Memory: 2 x tokens x types x K x 4 bytes per group."""
     gptq: bool = True
     """Calibration: choose weight codes by GPTQ with the moments of all types mixed, instead of to nearest; costs about
     half of the calibration time."""

@@ -10,6 +10,7 @@ from .errors import ConfigError
 from .moments import GroupMoments
 from .plans import fit_transform, with_branch
 from .predict import ErrorsByLinear, mean_error, predicted_errors
+from .refine import refine
 from .round_group import (
     RoundedLinear,
     WeightSide,
@@ -50,22 +51,26 @@ def fit_group(
 ) -> tuple[GroupTransform, list[PackedLinear], dict[str, Any]]:
     """Fit the group's plan, or with ``plan="auto"`` the best of those that ``memory_budget`` pays for.
 
-    All candidates are fitted and ordered by their predicted error; the first ``QuantConfig.plans_measured`` of them are
-    rounded to nearest and measured on the held-out tokens, which ranks them as GPTQ would at a fraction of the time.
-    The best and ``single`` then get their codes alike, and the better of the two is kept: so ``auto`` is never worse
-    than ``single`` on the held-out tokens.
+    All candidates are fitted, to moments without the held-out tokens, and ordered by their predicted error. The first
+    ``QuantConfig.plans_measured`` of them are rounded to nearest and measured on the held-out tokens, which ranks them
+    as GPTQ would at a fraction of the time. The best one, refined if ``refine_steps`` says so, and ``single`` then get
+    their codes alike, and the better of the two is kept: so ``auto`` is never worse than ``single`` on those tokens.
 
     Returns the transform, the packed Linears in the order of ``statistics.names``, and what the checkpoint keeps:
-    ``predicted`` and ``error`` (measured) by Linear and type, and ``plans``, both as means for each plan.
+    ``predicted`` and ``error`` (measured) by Linear and type, and ``plans``, for each both as means, to nearest.
     Raises ConfigError if the plan leaves no room.
     """
     config = statistics.config
-    moments = GroupMoments.of(statistics)
+    moments = GroupMoments.of(statistics.without_held_out())
     candidates = _fitted(_plans(moments), moments)
     candidates.sort(key=lambda candidate: mean_error(candidate.predicted))
     tried = [_round(c, moments, by_gptq=False) for c in candidates[: config.plans_measured]]
     best = min(tried, key=lambda m: m.error)
     finalists = [best]
+    refined = refine(best.candidate.fitted, moments.statistics)
+    if refined is not best.candidate.fitted:
+        candidate = _candidate(best.candidate.label, refined, moments)
+        finalists.append(_round(candidate, moments, by_gptq=False))
     if config.plan == "auto" and best.candidate.label != "single":
         finalists += [m for m in tried if m.candidate.label == "single"] or [
             _round(c, moments, by_gptq=False) for c in candidates if c.label == "single"
@@ -122,7 +127,6 @@ def _no_room(name: str, config: QuantConfig, moments: GroupMoments) -> str:
 
 
 def _fitted(plans: dict[str, int], moments: GroupMoments) -> list[Candidate]:
-    statistics = moments.statistics
     candidates, shifted = [], None
     for label, rank in plans.items():
         if rank or label == "shift":
@@ -132,13 +136,16 @@ def _fitted(plans: dict[str, int], moments: GroupMoments) -> list[Candidate]:
             fitted = fit_transform(label, moments)
         if rank:
             fitted = with_branch(fitted, moments, rank, own=label == "own branch")
-        sides = weight_sides(fitted, statistics)
-        predicted = predicted_errors(fitted, [side.rest for side in sides], moments)
-        # The weight side does not depend on clips.
-        if statistics.config.clip_search:
-            fitted = search_clip(fitted, statistics)
-        candidates.append(Candidate(label, fitted, sides, predicted))
+        if moments.statistics.config.clip_search:
+            fitted = search_clip(fitted, moments.statistics)
+        candidates.append(_candidate(label, fitted, moments))
     return candidates
+
+
+def _candidate(label: str, fitted: GroupTransform, moments: GroupMoments) -> Candidate:
+    sides = weight_sides(fitted, moments.statistics)
+    predicted = predicted_errors(fitted, [side.rest for side in sides], moments)
+    return Candidate(label, fitted, sides, predicted)
 
 
 def _round(candidate: Candidate, moments: GroupMoments, *, by_gptq: bool) -> Measured:

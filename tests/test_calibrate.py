@@ -63,7 +63,7 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             total=statistics.total.clone(),
             moment={index: moment.clone() for index, moment in statistics.moment.items()},
             halves=[statistics.samples(held_out=half) for half in (False, True)],
-            shift=statistics.means(),
+            shift=statistics.without_held_out().means(),
         )
         return fit_group(statistics)
 

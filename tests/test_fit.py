@@ -199,6 +199,29 @@ def test_a_rare_type_shares_the_slice_of_the_most_frequent() -> None:
         assert fitted.problem() is None
 
 
+@pytest.mark.parametrize("num_tokens", [1, 3, 4, 31, 32, 100])
+def test_held_out_tokens_are_in_no_moment(num_tokens: int) -> None:
+    """Half of a full sample, a quarter of one that is not, and fewer than four tokens are in both."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randn(n, 32, generator=generator) for n in (num_tokens, 60)]
+    config = config_of(2, sample_tokens=16)
+    statistics = statistics_of(config, tokens, [torch.randn(8, 32, generator=generator)])
+    fit = statistics.without_held_out()
+    held_out, types = statistics.samples(held_out=True)
+    for index, own in enumerate(tokens):
+        aside = held_out[types == index]
+        if len(own) < 4:
+            assert len(aside) == len(own)
+            aside = aside[:0]
+        else:
+            assert len(aside) == (16 if len(own) >= 32 else len(own) // 4)
+        assert fit.count[index] == len(own) - len(aside)
+        assert torch.allclose(fit.total[index].float(), own.sum(0) - aside.sum(0), atol=1e-4)
+        moment = own.t() @ own - aside.t() @ aside
+        assert torch.allclose(fit.moment[index], moment, atol=1e-3)
+        assert torch.allclose(statistics.moment[index], own.t() @ own, atol=1e-3)
+
+
 # ------------------------------------------------------------------ the freedom theorem
 
 
