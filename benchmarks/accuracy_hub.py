@@ -148,9 +148,9 @@ class HubModel:
         """One batch per question: pictures of different sizes go into no common one."""
         processor = self.obtain(AutoProcessor)
         lines = [json.loads(line) for line in Path(file).read_text().splitlines()]
-        return [self._answer(line, Path(file).parent, processor) for line in lines]
+        return [self.answer(line, Path(file).parent, processor) for line in lines]
 
-    def _answer(self, line: dict[str, str], folder: Path, processor: Any) -> Predictions:
+    def answer(self, line: dict[str, str], folder: Path, processor: Any) -> Predictions:
         picture = {"type": "image", "path": str(folder / line["image"])}
         content = [picture, {"type": "text", "text": line["question"]}]
         prompt = processor.apply_chat_template(

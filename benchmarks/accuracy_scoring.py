@@ -94,13 +94,16 @@ def score_folder(folder: Path) -> None:
     }
     model = spec.load(cache).to(device)
     facts: dict[str, Any] = {}
+    options: dict[str, Any] = {"compiler": request.compiler}
     if METHODS[request.method].calibrate is None:
         scores = score_sets(model, take_head_off(model, test_sets), test_sets)
     else:
         float_rows = kept_rows(model, test_sets, cache / "float-rows") if spec.with_kl else {}
-        freeact_fx.convert(model, Checkpoint.load(folder))
+        checkpoint = Checkpoint.load(folder)
+        freeact_fx.convert(model, checkpoint)
         head = take_head_off(model)
-        options = {"compiler": request.compiler}
+        # Why skip: the backend would quantise, without calibration, what calibration left out.
+        options["skip"] = checkpoint.config.skip
         compiled = torch.compile(model, backend="freeact", dynamic=spec.dynamic, options=options)
         scores = score_sets(compiled, head, test_sets, float_rows)
         report = freeact_fx.explain(compiled)
@@ -111,7 +114,7 @@ def score_folder(folder: Path) -> None:
         if request.hub is None:
             raise SystemExit("--lm-eval: only with --model-id.")
         if METHODS[request.method].calibrate is not None:
-            model.compile(backend="freeact", options={"compiler": request.compiler})
+            model.compile(backend="freeact", options=options)
         metrics |= lm_eval_scores(model, request.hub, request.lm_eval, request.lm_eval_limit)
     facts["scored"] = {name: s.num_tokens for name, s in scores.items()}
     (folder / "score.json").write_text(json.dumps({"metrics": metrics, **facts}))

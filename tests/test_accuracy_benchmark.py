@@ -12,6 +12,7 @@ import accuracy
 import evaluation
 import pytest
 import torch
+from accuracy_hub import HubModel, lm_eval_scores
 from accuracy_methods import METHODS
 from accuracy_scoring import put_head_on, take_head_off
 from accuracy_summary import (
@@ -285,6 +286,62 @@ def test_capped_logits_cannot_be_scored_by_rows() -> None:
         take_head_off(Gemma2ForCausalLM(config).eval(), {"set": [random_batch([0, 1])]})
 
 
+# ------------------------------------------------------------------ any Hugging Face model
+
+
+class Words:
+    eos_token_id = 2
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [20, 21]}
+
+
+class Processor:
+    """Stands for a vision-language model's: two image tokens, a question of three, two patches."""
+
+    tokenizer = Words()
+
+    def apply_chat_template(self, chat: Any, **options: Any) -> dict[str, torch.Tensor]:
+        (turn,) = chat
+        assert [part["type"] for part in turn["content"]] == ["image", "text"]
+        return {
+            "input_ids": torch.tensor([[4, 4, 10, 11, 12]]),
+            "attention_mask": torch.ones(1, 5, dtype=torch.int64),
+            "mm_token_type_ids": torch.tensor([[1, 1, 0, 0, 0]]),
+            "pixel_values": torch.rand(2, 5),
+        }
+
+
+def test_an_answer_is_appended_to_every_input_that_goes_by_token() -> None:
+    hub = HubModel("a model", "vlm", "questions.jsonl")
+    line = {"image": "1.png", "question": "What?", "answer": "That"}
+    batch = hub.answer(line, Path("folder"), Processor())
+    assert batch.inputs["input_ids"].tolist() == [[4, 4, 10, 11, 12, 20, 21, 2]]
+    assert batch.inputs["attention_mask"].tolist() == [[1] * 8]
+    assert batch.inputs["mm_token_type_ids"].tolist() == [[1, 1, 0, 0, 0, 0, 0, 0]]
+    assert batch.inputs["pixel_values"].shape == (2, 5)
+    assert batch.where.tolist() == [4, 5, 6]
+    assert batch.targets.tolist() == [20, 21, 2]
+    assert batch.items.tolist() == [0, 0, 0]
+
+
+def test_lm_eval_has_no_masked_diffusion() -> None:
+    hub = HubModel("a model", "dllm", "text.txt", mask_token_id=3)
+    with pytest.raises(SystemExit, match="no model class for masked diffusion"):
+        lm_eval_scores(torch.nn.Identity(), hub, ["hellaswag"])
+
+
+def test_lm_eval_is_no_dependency(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(SystemExit, match="pip install lm-eval"):
+        lm_eval_scores(torch.nn.Identity(), HubModel("a model", "causal", "text.txt"), ["arc_easy"])
+
+
+def test_a_masked_model_needs_its_mask() -> None:
+    with pytest.raises(SystemExit, match="--mask-token-id is needed"):
+        HubModel("a model", "dllm", "text.txt")
+
+
 # ------------------------------------------------------------------ the whole walk
 
 
@@ -308,14 +365,14 @@ def test_any_model_id_through_a_fresh_process(
     command = (
         f"accuracy.py --model-id {tmp_path}/model --kind dllm --mask-token-id {VOCABULARY - 1} "
         f"--text-file {tmp_path}/text.txt --methods float default --formats w4a8 --seeds 0 "
-        f"--compiler eager --calibration-windows 2 --windows 2 --cache {tmp_path}/cache "
+        f"--compiler eager --calibration-windows 2 --windows 2 --layer-step 2 --cache {tmp_path}/cache "
         f"--parts {tmp_path}/rows.jsonl --plot {tmp_path}/plot.png --out {tmp_path}/out.json"
     )
     monkeypatch.setattr(sys, "argv", command.split())
     accuracy.main()
     rows = read_rows(tmp_path / "rows.jsonl")
     assert [r["method"] for r in rows] == ["float", "default"]
-    assert rows[1]["quantised"] == "14 of 14 Linears"
+    assert rows[1]["quantised"] == "7 of 14 Linears"  # one of two layers
     summary = json.loads((tmp_path / "out.json").read_text())
     model = f"{tmp_path}/model"
     found = {r["metric"]: r["value"] for r in summary["results"] if r["method"] == "default"}
