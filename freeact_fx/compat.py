@@ -214,6 +214,20 @@ def copy_of_graph(gm: GraphModule) -> GraphModule:
     return copied
 
 
+_TRACED = "freeact_trace"
+
+
+def ends_the_call(gm: GraphModule) -> bool:
+    """Whether a call of what ``traced_apart`` gives is over with this graph. For a backend, of Dynamo's graph."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or reason.graph_break:
+        return False
+    # Of an inner function only that function is over.
+    return _TRACED in InstructionTranslator.current_tx().output.root_tx.f_code.co_name
+
+
 @contextlib.contextmanager
 def traced_apart(
     model: torch.nn.Module, backend: Callable[..., Any]
@@ -227,7 +241,7 @@ def traced_apart(
     def run(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
-    run.__code__ = run.__code__.replace(co_name="freeact_trace")
+    run.__code__ = run.__code__.replace(co_name=_TRACED)
     with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096):
         yield torch.compile(run, backend=backend)
 

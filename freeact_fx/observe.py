@@ -5,8 +5,8 @@ passes share the compiled graphs. In the first pass every group counts its token
 order in which the model reaches them; the others wait for a pass of their own. From then on it is known how often a
 batch reaches each group, so a later pass leaves a batch as soon as its groups have seen all of it.
 
-The first pass leaves a batch behind the last observer of a graph that ended an earlier batch: what follows (the head
-of a language model, a fifth of a small one's time) reaches nothing.
+Every pass leaves a batch behind the last observer of a graph with which the call ends: what follows (the head of a
+language model, a fifth of a small one's time) reaches nothing.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class _Group:
 
 @dataclass(eq=False)
 class _Graph:
-    """A compiled graph. ``is_last``: a batch ended with it, and none went on behind it; None: not known yet."""
+    """A compiled graph with observers."""
 
+    ends_the_call: bool
     num_observers: int = 0
     num_calls: int = 0  # of observers, since it was entered
-    is_last: bool | None = None
 
 
 class ObservedModel:
@@ -80,7 +80,6 @@ class ObservedModel:
         self._knows_calls = True
         self._calls_left: int | None = None
         self._split: tuple[Tensor, TypeSplit] | None = None
-        self._entered: list[_Graph] = []
         self.call: Callable[..., Any] = model
 
     @property
@@ -102,10 +101,8 @@ class ObservedModel:
             if self._pass > 1 and self._knows_calls:
                 self._calls_left = sum(g.calls.get(self._batch, 0) for g in collecting)
             if self._calls_left != 0:
-                self._entered = []
                 with suppress(_SeenAll):
                     run(self.call, batch)
-                    self._ended_by_itself()
             if self.is_waiting:
                 batches.keep()
             self._report(progress, batches.total)
@@ -179,9 +176,10 @@ class ObservedModel:
 
     def compile(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """The backend for ``torch.compile``: the graph with observers."""
+        from . import compat
         from .backend import observe_graph
 
-        graph = _Graph()
+        graph = _Graph(compat.ends_the_call(gm))
 
         def observer(
             linears: list[tuple[LinearFact, Tensor, Tensor | None]],
@@ -193,7 +191,6 @@ class ObservedModel:
         runner = observe_graph(gm, example_inputs, self._config, observer)
 
         def run_graph(*args: Any) -> Any:
-            self._entered.append(graph)
             graph.num_calls = 0
             return runner(*args)
 
@@ -234,15 +231,9 @@ class ObservedModel:
                 self._calls_left -= 1
         elif group in self._unsettled:
             group.statistics.count_tokens(split)
-        is_end = self._pass == 1 and graph.is_last and graph.num_calls == graph.num_observers
+        is_end = graph.ends_the_call and graph.num_calls == graph.num_observers
         if is_end or self._calls_left == 0:
             raise _SeenAll
-
-    def _ended_by_itself(self) -> None:
-        for graph in self._entered[:-1]:
-            graph.is_last = False
-        for graph in self._entered[-1:]:
-            graph.is_last = graph.is_last is not False
 
     def _split_of(self, types: Tensor | None, num_tokens: int) -> TypeSplit:
         """The groups of a call mostly share one tensor of types."""
