@@ -13,7 +13,9 @@ symmetric: only blocks on and above the diagonal are computed, 9/16 of the work.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +26,9 @@ from .errors import ConfigError
 _BLOCK_ROWS = 8
 # The variance within a type counts, besides its own tokens', this many tokens' of the variance within all types.
 _PRIOR_TOKENS = 8
+
+
+TokenMomentsT = TypeVar("TokenMomentsT", bound="TokenMoments")
 
 
 @dataclass(frozen=True)
@@ -162,20 +167,44 @@ class TokenMoments:
     def samples(self, *, held_out: bool = False) -> tuple[Tensor, Tensor]:
         """Sampled tokens [n, K] and their types [n]: at most ``sample_tokens`` of each type, in the order of the types.
 
-        held_out  False: the half to fit on; True: the other, to compare what was fitted. They have no token in
-                  common, except that a type of which one token was seen has it in both.
+        held_out  False: those to fit on; True: the others, to compare what was fitted. Half of a sample is held out, or
+                  a quarter while there are fewer than ``2 * sample_tokens``. They have no token in common, except that
+                  a type of which fewer than four tokens were seen has all of them in both
         """
-        halves = {}
+        chosen = {}
         for index, (keys, tokens) in sorted(self.sample.items()):
-            # By their keys the tokens are in random order, so every second one is a random half.
+            # By their keys the tokens are in random order.
             order = keys.argsort(descending=True, stable=True)
-            chosen = order[1::2] if held_out and len(order) > 1 else order[::2]
-            halves[index] = tokens[chosen.to(tokens.device)]
+            step = 2 if len(order) == self._room else 4
+            if len(order) >= 4:
+                is_held_out = torch.arange(len(order)) % step == step - 1
+                order = order[is_held_out == held_out]
+            chosen[index] = tokens[order.to(tokens.device)]
         types = [
-            torch.full((half.shape[0],), index, device=half.device)
-            for index, half in halves.items()
+            torch.full((part.shape[0],), index, device=part.device)
+            for index, part in chosen.items()
         ]
-        return torch.cat(list(halves.values())), torch.cat(types)
+        return torch.cat(list(chosen.values())), torch.cat(types)
+
+    def without_held_out(self: TokenMomentsT) -> TokenMomentsT:
+        """A copy of which counts, sums and moments lack the held-out tokens: for a fit to be measured on those.
+
+        The sample is not a copy. A type of which fewer than four tokens were seen stays as it is.
+        """
+        fit = copy.copy(self)
+        fit.count, fit.total = self.count.clone(), self.total.clone()
+        fit._moment = dict(self.moment)
+        tokens, types = self.samples(held_out=True)
+        for index in types.unique().tolist():
+            held_out = tokens[types == index]
+            if self.sample[index][0].shape[0] >= 4:
+                fit.count[index] -= held_out.shape[0]
+                fit.total[index] -= held_out.sum(0, dtype=torch.float64)
+                fit._moment[index] = torch.addmm(
+                    fit._moment[index], held_out.t(), held_out, alpha=-1
+                )
+                fit._moment[index].diagonal().clamp_min_(0)
+        return fit
 
     def means(self) -> Tensor:
         """Mean of each type, [P, K] fp64, drawn towards that of all tokens as far as its standard error reaches.
