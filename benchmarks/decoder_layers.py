@@ -111,7 +111,8 @@ def decoder_blocks(
         outputs = [_call(layer, x, call) for x, call in zip(hidden, own_calls, strict=True)]
         for hook in hooks:
             hook.remove()
-        yield Block(f"{prefix}.{index}", layer, own_calls, hidden, outputs, groups, bar)
+        if groups:  # else the whole layer is skipped
+            yield Block(f"{prefix}.{index}", layer, own_calls, hidden, outputs, groups, bar)
         hidden = outputs
 
 
