@@ -2,6 +2,7 @@
 
 * The transforms decompose into the reference's own lines. On the CPU Inductor fuses shift, scale, rounding and the norm
   before them into C++ loops around two small matrix products.
+* The branch's product becomes an ordinary matrix product, in bf16 where the CPU has instructions for it.
 * ``int_mm`` stays opaque: oneDNN's u8 x s8 linear on the CPU. Scales, bias table, residual and SiLU * mul after it are
   pointwise and fuse into one loop.
 """
@@ -27,6 +28,7 @@ def register() -> None:
     register_decomposition(
         torch.ops.freeact.transform_quantize_branch.default, reference.transform_quantize
     )
+    register_decomposition(torch.ops.freeact.branch_product.default, _branch_product)
 
 
 def _transform_quantize(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,3 +36,21 @@ def _transform_quantize(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     with_no_branch: Any = (*operands, None, widths, slice_of_type, default_type, 0, qmax)
     codes, scale, _ = reference.transform_quantize(*with_no_branch)
     return codes, scale
+
+
+def _branch_product(
+    coefficients: torch.Tensor, branch_weight: torch.Tensor, branch_scale: torch.Tensor
+) -> torch.Tensor:
+    on_cpu = branch_weight.device.type == "cpu"
+    if branch_weight.dtype != torch.int8 or not (on_cpu and _has_bf16_instructions()):
+        return reference.branch_product(coefficients, branch_weight, branch_scale)
+    # Rounding the product to bf16 adds 0.2 % of the branch to the 0.8 % of its codes. M=512, R=48, N=3072 on one
+    # thread of an AMD EPYC: 0.4 ms, in fp32 2.0 ms.
+    scaled = (coefficients * branch_scale).to(torch.bfloat16)
+    return (scaled @ branch_weight.to(torch.bfloat16)).float()
+
+
+def _has_bf16_instructions() -> bool:
+    """Without them bf16 products are slower than fp32, on AVX2 by far."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -3,11 +3,12 @@
 * ``freeact::transform_quantize``   activation to codes and scale (one per group)
 * ``freeact::transform_quantize_branch``   the same, and the branch's coefficients
 * ``freeact::int_mm``               codes times packed weight, exact integers in fp32 (one per Linear)
+* ``freeact::branch_product``       coefficients times a Linear's branch
 * ``freeact::linear``               a whole converted Linear; what ``FreeActLinear.forward`` is, and what the passes
-  take apart into the three above
+  take apart into those above
 
-Inference only: no autograd formulas. Inductor decomposes the transforms into ordinary ops and fuses them; ``int_mm``
-stays opaque on the CPU and runs oneDNN's u8 x s8 linear.
+Inference only: no autograd formulas. Inductor decomposes the transforms and the branch into ordinary ops and fuses
+them; ``int_mm`` stays opaque on the CPU and runs oneDNN's u8 x s8 linear.
 """
 
 from __future__ import annotations
@@ -206,6 +207,18 @@ def _int_mm_cpu(codes: Tensor, weight: Tensor) -> Tensor:
         "",
     )
     return product.view(*codes.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("freeact::branch_product", mutates_args=())
+def branch_product(coefficients: Tensor, branch_weight: Tensor, branch_scale: Tensor) -> Tensor:
+    """See ``reference.branch_product``."""
+    return reference.branch_product(coefficients, branch_weight, branch_scale)
+
+
+@branch_product.register_fake
+def _(coefficients, branch_weight, branch_scale):  # type: ignore[no-untyped-def]
+    shape = (*coefficients.shape[:-1], branch_weight.shape[1])
+    return coefficients.new_empty(shape, dtype=torch.float32)
 
 
 @torch.library.custom_op("freeact::linear", mutates_args=())

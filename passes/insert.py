@@ -6,9 +6,9 @@
               ├── linear(k) ──                                  (one per group)    ├ int_mm(k) ── * + bias ──
               └── linear(v) ──                                                     └ int_mm(v) ── * + bias ──
 
-The epilogue (scales, bias table, branch) is ordinary pointwise aten, so Inductor fuses it with what follows. Dense
-weights lose their users; their placeholders stay. How nodes and tensors are added is in ``editor``, how types become
-tensors in ``type_tensors``.
+A branch is one more op, ``branch_product``. The rest (scales, bias table) is ordinary pointwise aten, so Inductor fuses
+it with what follows. Dense weights lose their users; their placeholders stay. How nodes and tensors are added is in
+``editor``, how types become tensors in ``type_tensors``.
 """
 
 from __future__ import annotations
@@ -146,7 +146,8 @@ def _quantised_linear(
     row = _weight_scale_row(editor, o["weight_scale"], types, o["slice_of_type"], default_type)
     y = call(aten.mul.Tensor, y, row, like=node)
     if coefficients:
-        branch = _branch_product(editor, node, coefficients[0], o)
+        args = (coefficients[0], o["branch_weight"], o["branch_scale"])
+        branch = call(freeact.branch_product.default, *args, like=node)
         y = call(aten.add.Tensor, y, branch, like=node)
     if o["bias_table"] is not None:
         y = call(aten.add.Tensor, y, _row(editor, o["bias_table"], types, default_type), like=node)
@@ -154,19 +155,6 @@ def _quantised_linear(
     if dtype != torch.float32:
         y = call(aten._to_copy.default, y, dtype=dtype, like=node)
     return y
-
-
-def _branch_product(
-    editor: Editor, node: Node, coefficients: Node, operands: dict[str, Any]
-) -> Node:
-    """``reference.branch_product`` as nodes."""
-    weight = operands["branch_weight"]
-    scaled = editor.call(aten.mul.Tensor, coefficients, operands["branch_scale"], like=node)
-    if value_of(weight).dtype == torch.int8:
-        for dtype in (torch.bfloat16, torch.float32):
-            scaled = editor.call(aten._to_copy.default, scaled, dtype=dtype, like=node)
-        weight = editor.call(aten._to_copy.default, weight, dtype=torch.float32, like=node)
-    return editor.call(aten.matmul.default, scaled, weight, like=node)
 
 
 def _getitem(editor: Editor, node: Node, index: int) -> Node:

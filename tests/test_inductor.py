@@ -13,7 +13,7 @@ from torch._inductor import decomposition
 from torch._inductor.utils import run_and_get_code
 
 import freeact_fx
-from freeact_fx import QuantConfig, TokenTypes
+from freeact_fx import QuantConfig, TokenTypes, reference
 from freeact_fx.codegen import lowering
 
 
@@ -32,7 +32,7 @@ class GatedMLP(nn.Module):
 @pytest.fixture
 def after_a_stock_compilation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The state of a process that compiled with plain Inductor and has not met our backend yet."""
-    for name in ("transform_quantize", "transform_quantize_branch"):
+    for name in ("transform_quantize", "transform_quantize_branch", "branch_product"):
         op = getattr(torch.ops.freeact, name).default
         monkeypatch.delitem(decomposition.decompositions, op, raising=False)
     lowering.register.cache_clear()
@@ -58,7 +58,27 @@ def test_transforms_are_fused_whatever_was_compiled_before(plan: str) -> None:
         got, (code,) = run_and_get_code(torch.compile(model, backend="freeact"), x)
     calls = Counter(re.findall(r"= (torch\.ops\.freeact\.\w+|extern_kernels\.\w+)", code))
     assert "transform_quantize" not in "".join(calls)
+    assert "branch_product" not in "".join(calls)
     assert calls["torch.ops.freeact.int_mm"] == 3
     # Two matrix products per transform (gate and up share one) are all that is not fused, besides the branch's.
     assert len(re.findall(r"extern_kernels\.bmm\(", code)) == 2
     assert torch.linalg.norm(got - want) < 0.2 * torch.linalg.norm(want)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_branch_product_in_bf16_where_that_is_native(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lowering, "_has_bf16_instructions", lambda: native)
+    weight = torch.randint(-127, 128, (12, 40)).to(torch.int8)
+    for operands in (
+        (torch.randn(2, 7, 12), weight, torch.rand(12)),
+        (torch.randn(2, 7, 12), torch.randn(12, 40), torch.ones(12)),
+    ):
+        got, want = lowering._branch_product(*operands), reference.branch_product(*operands)
+        assert got.dtype == torch.float32
+        if native and operands[1].dtype == torch.int8:
+            error = torch.linalg.norm(got - want) / torch.linalg.norm(want)
+            assert 0 < error < 2**-8
+        else:
+            assert torch.equal(got, want)

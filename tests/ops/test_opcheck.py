@@ -119,6 +119,20 @@ def test_int_mm_on_strided_codes() -> None:
 
 
 @pytest.mark.parametrize("lead", LEADS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float32], ids=str)
+def test_branch_product_over_shapes(dtype: torch.dtype, lead: tuple[int, ...]) -> None:
+    weight = torch.randint(-127, 128, (4, 11)).to(dtype)
+    args = (torch.randn(*lead, 4), weight, torch.rand(4))
+    torch.library.opcheck(ops.branch_product.default, args)
+
+
+def test_branch_product_on_strided_operands() -> None:
+    coefficients = torch.randn(8, 6, 3).permute(2, 1, 0)[..., ::2]
+    weight = torch.randint(-127, 128, (11, 4)).to(torch.int8).t()
+    torch.library.opcheck(ops.branch_product.default, (coefficients, weight, torch.rand(4)))
+
+
+@pytest.mark.parametrize("lead", LEADS, ids=str)
 def test_linear_over_shapes(lead: tuple[int, ...]) -> None:
     x, types = activation(lead)
     torch.library.opcheck(ops.linear.default, linear_args("duplicate", x, types, QuantConfig()))
