@@ -97,16 +97,14 @@ class GroupMoments:
             total.add_(self.own(index, centred=centred), alpha=weight)
         return total
 
-    def shrunk(self, index: int, *, centred: bool) -> Tensor:
-        """A type's own moment, the more of the mixture (at the type's energy) the fewer its tokens were."""
+    def shrunk(self, index: int, prior_tokens: int, *, centred: bool) -> Tensor:
+        """A type's own moment and, as if that many more tokens had been seen, the mixture at the type's energy."""
         mixture = self.mixture(centred=centred)
         if self.is_rare(index):
             return mixture
         own, gram = self.own(index, centred=centred), self.gram.flatten()
         energy, of_mixture = (float(torch.vdot(m.flatten(), gram)) for m in (own, mixture))
-        # As if that many more tokens had been seen: each factor has about as many rows to be estimated.
-        prior = sum(self.shape)
-        share = prior / (prior + float(self.statistics.count[index]))
+        share = prior_tokens / (prior_tokens + float(self.statistics.count[index]))
         return (1 - share) * own + (share * energy / max(of_mixture, 1e-30)) * mixture
 
     def is_rare(self, index: int) -> bool:

@@ -41,7 +41,10 @@ def fit_transform(plan: str, moments: GroupMoments) -> GroupTransform:
     slice_of_type = (0,) * (config.num_types + 1)
     if plan in ("duplicate", "paper"):
         owners, slice_of_type = moments.slices()
-        of_slices = [scaled(damped(moments.shrunk(t, centred=shifted)), scale) for t in owners]
+        # A factor has about as many rows to be estimated.
+        prior = sum(moments.shape)
+        own = [moments.shrunk(t, prior, centred=shifted) for t in owners]
+        of_slices = [scaled(damped(moment), scale) for moment in own]
     else:
         of_slices = [scaled(mixture, scale)]
     if plan == "paper":
@@ -80,12 +83,11 @@ def with_branch(
     generator = torch.Generator().manual_seed(moments.statistics.config.seed)
     if own:
         own_rank = rank // num_types
-        columns = [
-            strongest_directions(
-                transformed_moment(fitted, moments.shrunk(t, centred=True), t), own_rank, generator
-            )
-            for t in range(num_types)
-        ]
+        columns = []
+        for index in range(num_types):
+            moment = moments.shrunk(index, fitted.num_features, centred=True)
+            joint = transformed_moment(fitted, moment, index)
+            columns.append(strongest_directions(joint, own_rank, generator))
         lowrank = branch_codes(torch.cat(columns, 1))
         return replace(fitted, plan="branch", lowrank=lowrank, own_rank=own_rank)
     c = transformed_moment(fitted, moments.mixture(centred=True), 0)

@@ -45,7 +45,7 @@ def predicted_errors(
         own = scaled(moments.own(index, centred=fitted.shift is not None), fitted.channel_scale)
         at = fitted.slice_of_type[index]
         noise = rounding_noise(sizes[at], config.qmax) + rounding_noise(sizes[at], 7)
-        noise *= _rounded_energy(fitted, own, index) / sizes[at]
+        noise *= _rounded_energy(fitted, own, moments, index) / sizes[at]
         dropped = _dropped_moment(fitted, own, at)
         for j, name in enumerate(statistics.names):
             error = noise * weight_energy[j][at]
@@ -105,16 +105,22 @@ def rounding_noise(num_codes: int, qmax: int) -> float:
     return min(error(percent / 100) for percent in range(50, 101, 5))
 
 
-def _rounded_energy(fitted: GroupTransform, moment: Tensor, index: int) -> float:
+def _rounded_energy(
+    fitted: GroupTransform, moment: Tensor, moments: GroupMoments, index: int
+) -> float:
     """Mean of ``|z|^2`` for tokens of a type, their branch taken off; moment [K, K] fp32 of scaled channels."""
     left, right = factors_of_slice(fitted, fitted.slice_of_type[index])
     energy = kronecker_trace(moment, left, right)
     columns = columns_of_type(fitted, index)
     if columns is not None:
+        # What columns take from the tokens that they were fitted to says too much where those are few.
+        unseen = moments.shrunk(index, fitted.num_features, centred=fitted.shift is not None)
         # P U as [R, K]; z loses c U^T with c = u U.
         rows = columns.t().reshape(-1, left.shape[1], right.shape[0])
         directions = (left @ rows @ right.t()).flatten(1)
-        inner = directions @ moment @ directions.t()
+        if fitted.channel_scale is not None:
+            directions = directions * fitted.channel_scale
+        inner = directions @ unseen @ directions.t()
         energy = energy - 2 * inner.trace() + (inner * (columns.t() @ columns)).sum()
     return float(energy)
 
