@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .config import QuantConfig
@@ -13,6 +13,7 @@ from .predict import ErrorsByLinear, mean_error, predicted_errors
 from .refine import refine
 from .round_group import (
     RoundedLinear,
+    Sample,
     WeightSide,
     measured_errors,
     round_group,
@@ -64,19 +65,31 @@ def fit_group(
     moments = GroupMoments.of(statistics.without_held_out())
     candidates = _fitted(_plans(moments), moments)
     candidates.sort(key=lambda candidate: mean_error(candidate.predicted))
-    tried = [_round(c, moments, by_gptq=False) for c in candidates[: config.plans_measured]]
+    held_out = Sample.of(statistics, held_out=True)
+
+    def round_(candidate: Candidate, *, by_gptq: bool) -> Measured:
+        linears = round_group(candidate.fitted, candidate.sides, moments, by_gptq=by_gptq)
+        return Measured(candidate, linears, measured_errors(candidate.fitted, linears, held_out))
+
+    def clipped(candidate: Candidate) -> Candidate:
+        # The weight side does not depend on clips.
+        if not config.clip_search:
+            return candidate
+        return replace(candidate, fitted=search_clip(candidate.fitted, statistics))
+
+    tried = [round_(clipped(c), by_gptq=False) for c in candidates[: config.plans_measured]]
     best = min(tried, key=lambda m: m.error)
     finalists = [best]
     refined = refine(best.candidate.fitted, moments.statistics)
     if refined is not best.candidate.fitted:
         candidate = _candidate(best.candidate.label, refined, moments)
-        finalists.append(_round(candidate, moments, by_gptq=False))
+        finalists.append(round_(candidate, by_gptq=False))
     if config.plan == "auto" and best.candidate.label != "single":
         finalists += [m for m in tried if m.candidate.label == "single"] or [
-            _round(c, moments, by_gptq=False) for c in candidates if c.label == "single"
+            round_(clipped(c), by_gptq=False) for c in candidates if c.label == "single"
         ]
     if config.gptq:
-        finalists += [_round(m.candidate, moments, by_gptq=True) for m in finalists]
+        finalists += [round_(m.candidate, by_gptq=True) for m in finalists]
     best = min(finalists, key=lambda m: m.error)
     measured = {m.candidate.label: m.error for m in tried}
     report = {
@@ -136,8 +149,6 @@ def _fitted(plans: dict[str, int], moments: GroupMoments) -> list[Candidate]:
             fitted = fit_transform(label, moments)
         if rank:
             fitted = with_branch(fitted, moments, rank, own=label == "own branch")
-        if moments.statistics.config.clip_search:
-            fitted = search_clip(fitted, moments.statistics)
         candidates.append(_candidate(label, fitted, moments))
     return candidates
 
@@ -146,9 +157,3 @@ def _candidate(label: str, fitted: GroupTransform, moments: GroupMoments) -> Can
     sides = weight_sides(fitted, moments.statistics)
     predicted = predicted_errors(fitted, [side.rest for side in sides], moments)
     return Candidate(label, fitted, sides, predicted)
-
-
-def _round(candidate: Candidate, moments: GroupMoments, *, by_gptq: bool) -> Measured:
-    fitted, statistics = candidate.fitted, moments.statistics
-    linears = round_group(fitted, candidate.sides, moments, by_gptq=by_gptq)
-    return Measured(candidate, linears, measured_errors(fitted, linears, statistics))

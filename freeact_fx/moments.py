@@ -150,6 +150,14 @@ def transformed_moment(fitted: GroupTransform, moment: Tensor, index: int) -> Te
     return kronecker(half.t().contiguous(), *factors)
 
 
+def transformed_gram(fitted: GroupTransform, gram: Tensor) -> Tensor:
+    """``Q G Q^T`` of a plan with one slice as wide as K, [K, K] fp32, the branch still in it; G is [K, K]."""
+    left, right = (torch.linalg.inv(f.double()).float().t() for f in factors_of_slice(fitted, 0))
+    scale = fitted.channel_scale
+    half = kronecker(scaled(gram, None if scale is None else 1 / scale), left, right)
+    return kronecker(half.t().contiguous(), left, right)
+
+
 def kronecker_trace(moment: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """``tr(P^T C P)`` for ``P = left kron right``: [D1, w] and [D2, D2], C [D1 * D2, D1 * D2]; a scalar."""
     d1, d2 = left.shape[0], right.shape[0]

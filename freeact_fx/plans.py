@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .closed_form import channel_scale, damped, kronecker_factors
-from .moments import GroupMoments, scaled, transformed_moment
+from .moments import GroupMoments, scaled, transformed_gram, transformed_moment
 from .narrow_slices import narrow_factors
 from .reference import branch_codes
 from .transform import GroupTransform
@@ -91,9 +91,7 @@ def with_branch(
         lowrank = branch_codes(torch.cat(columns, 1))
         return replace(fitted, plan="branch", lowrank=lowrank, own_rank=own_rank)
     c = transformed_moment(fitted, moments.mixture(centred=True), 0)
-    eye = torch.eye(c.shape[0], device=c.device)
-    inverse = fitted.transformed_weight(eye).float()
-    g = inverse.t() @ moments.gram @ inverse
+    g = transformed_gram(fitted, moments.gram)
     joint = c / c.trace().clamp_min(1e-30) + g / g.trace().clamp_min(1e-30)
     lowrank = branch_codes(strongest_directions(joint, rank, generator))
     return replace(fitted, plan="branch", lowrank=lowrank)

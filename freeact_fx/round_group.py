@@ -55,38 +55,44 @@ class RoundedLinear:
 
 
 @dataclass(frozen=True)
-class RoundedTokens:
-    """Sampled tokens of a group as its Linears meet them, and as they were."""
+class Sample:
+    """Sampled tokens of a group and the outputs that its dense Linears make of them, their biases aside."""
 
-    tokens: Tensor  # [n, K]
+    statistics: GroupStatistics
+    tokens: Tensor  # [n, K] fp32
     types: Tensor  # [n]
-    codes: Tensor  # [n, K'] fp32 (e4m3's values too)
-    scale: Tensor  # [n, 1]
-    coefficients: Tensor | None  # [n, R]
+    wanted: list[Tensor]  # [n, N] fp32 of each Linear
 
     @staticmethod
-    def of(fitted: GroupTransform, statistics: GroupStatistics, *, held_out: bool) -> RoundedTokens:
-        tokens, types = (t.to(fitted.left.device) for t in statistics.samples(held_out=held_out))
-        z, coefficients = _transformed(fitted, tokens, types)
-        clip = rows_of_type(fitted.clip, types, 0).unsqueeze(1)
-        codes, scale = quantize_tokens(z, clip, statistics.config.qmax)
-        return RoundedTokens(tokens, types, codes.float(), scale, coefficients)
+    def of(statistics: GroupStatistics, *, held_out: bool) -> Sample:
+        device = statistics.weights[0].device
+        tokens, types = (t.to(device) for t in statistics.samples(held_out=held_out))
+        wanted = [tokens @ weight.detach().float().t() for weight in statistics.weights]
+        return Sample(statistics, tokens, types, wanted)
 
-    def through(self, fitted: GroupTransform, linear: RoundedLinear) -> Tensor:
-        """The Linear's outputs [n, N] fp32, as ``reference`` has them."""
-        return epilogue(
-            self.codes @ linear.codes.float().t(),
-            self.scale,
-            linear.weight_scale,
-            linear.bias_table,
-            self.coefficients,
-            linear.branch_weight,
-            linear.branch_scale,
-            self.types,
-            fitted.slice_of_type,
-            0,
-            torch.float32,
-        )
+    def outputs(self, fitted: GroupTransform, linears: Sequence[RoundedLinear]) -> list[Tensor]:
+        """What the rounded Linears make of the tokens, biases aside: [n, N] fp32 each, as ``reference`` has them."""
+        z, coefficients = _transformed(fitted, self.tokens, self.types)
+        clip = rows_of_type(fitted.clip, self.types, 0).unsqueeze(1)
+        codes, scale = quantize_tokens(z, clip, self.statistics.config.qmax)
+        codes = codes.float()
+        outputs = []
+        for linear, bias in zip(linears, self.statistics.biases, strict=True):
+            output = epilogue(
+                codes @ linear.codes.float().t(),
+                scale,
+                linear.weight_scale,
+                linear.bias_table,
+                coefficients,
+                linear.branch_weight,
+                linear.branch_scale,
+                self.types,
+                fitted.slice_of_type,
+                0,
+                torch.float32,
+            )
+            outputs.append(output if bias is None else output - bias.detach().float())
+        return outputs
 
 
 def _transformed(
@@ -228,17 +234,15 @@ def _without_bias(
     A mean over n tokens of a type is itself wrong by a part 1 / n of the error's energy; it counts in full only
     against a bias that is larger than that.
     """
-    seen = RoundedTokens.of(fitted, statistics, held_out=False)
+    sample = Sample.of(statistics, held_out=False)
+    outputs = sample.outputs(fitted, linears)
     corrected = []
-    for linear, weight, bias in zip(linears, statistics.weights, statistics.biases, strict=True):
-        want = torch.nn.functional.linear(
-            seen.tokens, weight.detach().float(), None if bias is None else bias.detach().float()
-        )
-        missing = want - seen.through(fitted, linear)
+    for linear, got, want in zip(linears, outputs, sample.wanted, strict=True):
+        missing = want - got
         assert linear.bias_table is not None
         table = linear.bias_table.clone()
-        for index in seen.types.unique().tolist():
-            own = missing[seen.types == index]
+        for index in sample.types.unique().tolist():
+            own = missing[sample.types == index]
             mean = own.mean(0)
             spread = (own - mean).square().sum() / max(own.shape[0] - 1, 1) / own.shape[0]
             energy = mean.square().sum().clamp_min(1e-30)
@@ -248,24 +252,18 @@ def _without_bias(
 
 
 def measured_errors(
-    fitted: GroupTransform, linears: Sequence[RoundedLinear], statistics: GroupStatistics
+    fitted: GroupTransform, linears: Sequence[RoundedLinear], sample: Sample
 ) -> ErrorsByLinear:
-    """Squared error of each Linear's outputs on the held-out tokens, relative to their energy, by type name."""
-    names = (*statistics.config.type_names, "untyped")
-    seen = RoundedTokens.of(fitted, statistics, held_out=True)
+    """Squared error of each Linear's outputs on a sample, relative to their energy, by type name."""
+    names = (*sample.statistics.config.type_names, "untyped")
+    seen = {names[i]: sample.types == i for i in sample.types.unique().tolist()}
     errors: ErrorsByLinear = {}
-    for name, weight, bias, linear in zip(
-        statistics.names, statistics.weights, statistics.biases, linears, strict=True
+    for name, got, want in zip(
+        sample.statistics.names, sample.outputs(fitted, linears), sample.wanted, strict=True
     ):
-        want = seen.tokens @ weight.detach().float().t()
-        got = seen.through(fitted, linear)
-        if bias is not None:
-            got = got - bias.detach().float()
         difference, energy = (got - want).square().sum(1), want.square().sum(1)
         errors[name] = {
-            names[i]: float(
-                difference[seen.types == i].sum() / energy[seen.types == i].sum().clamp_min(1e-30)
-            )
-            for i in seen.types.unique().tolist()
+            type_name: float(difference[own].sum() / energy[own].sum().clamp_min(1e-30))
+            for type_name, own in seen.items()
         }
     return errors
