@@ -120,7 +120,8 @@ def _reader(batches: Iterable[Any] | None, folder: RunFolder | None) -> Batches:
         batches, folder=folder.batch_folder, expected=folder.batches, kept=folder.num_kept
     )
     reader.compare()
-    reader.keep()
+    if folder.groups is None:
+        reader.keep()
     return reader
 
 

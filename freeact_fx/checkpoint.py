@@ -84,7 +84,7 @@ class Checkpoint:
         digest = hashlib.sha256(structure.encode())
         for name, tensor in sorted(self._tensors().items()):
             digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
-            digest.update(_bytes_of(tensor))
+            update_digest(digest, tensor)
         return digest.hexdigest()[:16]
 
     def __eq__(self, other: object) -> bool:
@@ -255,11 +255,11 @@ def _same(now: tuple[float, ...], then: tuple[float, ...]) -> bool:
     return all(abs(a - b) <= 1e-6 * (1 + abs(a) + abs(b)) for a, b in zip(now, then, strict=True))
 
 
-def _bytes_of(tensor: Tensor) -> Any:
-    """The memory of a contiguous CPU tensor, for hashing; numpy, which would give it, is no dependency."""
-    if not tensor.numel():
-        return b""
-    return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+def update_digest(digest: hashlib._Hash, tensor: Tensor) -> None:
+    """Take in the bytes of a tensor, wherever it lies. Not by way of numpy, which is no dependency."""
+    held = tensor.detach().cpu().contiguous()
+    if held.numel():
+        digest.update((ctypes.c_char * held.nbytes).from_address(held.data_ptr()))
 
 
 def _sha256(file: Path) -> str:

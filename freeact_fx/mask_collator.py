@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import _bytes_of
+from .checkpoint import update_digest
 from .errors import ConfigError
 
 
@@ -108,7 +108,7 @@ class MaskCollator:
 
     def _generator(self, ids: Tensor) -> torch.Generator:
         digest = hashlib.sha256(f"{self.seed}{list(ids.shape)}".encode())
-        digest.update(_bytes_of(ids.cpu().contiguous()))
+        update_digest(digest, ids)
         return torch.Generator().manual_seed(int.from_bytes(digest.digest()[:7], "big"))
 
     def _padded(self, examples: Any) -> dict[str, Any]:

@@ -104,6 +104,7 @@ class ObservedModel:
                 with suppress(_SeenAll):
                     run(self.call, batch)
             if self.is_waiting:
+                self._check_sizes()
                 batches.keep()
             self._report(progress, batches.total)
         return self._end_pass()
@@ -123,19 +124,23 @@ class ObservedModel:
         if device not in self._budget:
             self._budget[device] = self._max_bytes or free_bytes(device) // 2
             self._room[device] = self._budget[device]
-        if self._max_bytes is not None and group.num_bytes > self._max_bytes:
-            raise ConfigError(
-                f"calibrate: {group.statistics.names[0]}: its statistics need {group.num_bytes} bytes, max_bytes is "
-                f"{self._max_bytes}. Raise it, or list the Linear in QuantConfig.skip."
-            )
         # Of the default budget, which is a guess, one group may take more.
-        is_first = self._room[device] == self._budget[device]
+        is_first = self._max_bytes is None and self._room[device] == self._budget[device]
         if group.num_bytes <= self._room[device] or is_first:
             self._room[device] -= group.num_bytes
             group.collects, group.is_waiting = True, False
             group.statistics.count.zero_()
         else:
             self._room[device] = 0
+
+    def _check_sizes(self) -> None:
+        # Not when a group is reached: Dynamo, compiling then, would wrap the error.
+        for group in self._groups.values():
+            if self._max_bytes is not None and group.num_bytes > self._max_bytes:
+                raise ConfigError(
+                    f"calibrate: {group.statistics.names[0]}: its statistics need {group.num_bytes} bytes, max_bytes "
+                    f"is {self._max_bytes}. Raise it, or list the Linear in QuantConfig.skip."
+                )
 
     def _end_pass(self) -> list[GroupStatistics]:
         """A Linear that was seen in several groups belongs to the largest, and of these to the one with most tokens."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import nn
 
-from .checkpoint import VERSION, Checkpoint, _bytes_of
+from .checkpoint import VERSION, Checkpoint, update_digest
 from .config import QuantConfig
 from .errors import ConfigError
 
@@ -121,5 +121,5 @@ def model_digest(model: nn.Module) -> str:
         digest.update(f"{name}{parameter.dtype}{list(parameter.shape)}".encode())
         values = parameter.detach().reshape(-1)
         chosen = values[:: max(1, values.numel() // _SAMPLES_PER_PARAMETER)]
-        digest.update(_bytes_of(chosen.cpu().contiguous()))
+        update_digest(digest, chosen)
     return digest.hexdigest()[:16]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import _bytes_of
+from .checkpoint import update_digest
 from .errors import ConfigError
 
 _PLAIN = (str, int, float, bool, bytes, type(None), torch.dtype, torch.device)
@@ -44,7 +44,7 @@ class Batches:
                 f"calibrate: batches must be an iterable of model inputs, got {type(batches).__name__}. "
                 f"A single batch goes into a list: [batch]."
             )
-        self.once = batches is None or iter(batches) is batches
+        self.once = batches is None or isinstance(batches, Iterator)
         self.total = len(batches) if isinstance(batches, Sized) else None
         self.digests: list[str] = []
         self._batches = batches
@@ -150,7 +150,7 @@ def digest_of(batch: Any) -> str:
 def _update(digest: Any, value: Any) -> None:
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype}{list(value.shape)}".encode())
-        digest.update(_bytes_of(value.detach().cpu().contiguous()))
+        update_digest(digest, value)
     elif isinstance(value, Mapping):
         for key in value:
             digest.update(f"{key!r}:".encode())

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import itertools
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +20,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import freeact_fx
-from freeact_fx import Checkpoint, QuantConfig, TokenTypes
+from freeact_fx import Checkpoint, ConfigError, QuantConfig, TokenTypes
+from freeact_fx.observe import ObservedModel
+from freeact_fx.token_moments import TokenMoments
 
 # The package's attribute of that name is the function.
 calibrate_module = sys.modules["freeact_fx.calibrate"]
@@ -328,6 +332,374 @@ def test_other_activation_formats(bits: Any) -> None:
     narrow = assert_usable(model, calibrate(model, BATCHES), masked_ids(seed=9))
     config = replace(CONFIG, activation_bits=bits)
     assert assert_usable(model, calibrate(model, BATCHES, config), masked_ids(seed=9)) < narrow
+
+
+# ------------------------------------------------------------------ passes
+
+
+class Watched(list[Tensor]):
+    """Batches that count how often they are read."""
+
+    readings = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.readings += 1
+        return super().__iter__()
+
+
+# Of the tiny model the groups at K = 48 need less, those at K = 96 are the largest.
+LARGEST = TokenMoments.bytes_needed(96, 3, 256)
+SMALLER = TokenMoments.bytes_needed(48, 3, 256)
+ONE_TYPE = TokenMoments.bytes_needed(96, 1, 256)
+
+
+@pytest.mark.parametrize(
+    ("max_bytes", "passes"),
+    [(6 * SMALLER + 2 * LARGEST, 1), (3 * SMALLER + LARGEST, 2), (LARGEST, 6)],
+)
+def test_less_memory_means_more_passes_and_the_same_result(
+    max_bytes: int, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = calibrate(tiny_model(), BATCHES)
+    held: list[int] = []
+    collect = ObservedModel.collect
+
+    def watched(self: ObservedModel, *args: Any) -> Any:
+        complete = collect(self, *args)
+        held.append(sum(s.total.shape[1] for s in complete))
+        sizes = [(s.total.shape[1], s.config) for s in complete]
+        needed = [TokenMoments.bytes_needed(k, 3, c.sample_tokens) for k, c in sizes]
+        assert sum(needed) <= max_bytes
+        assert all(not s.moment and not s.sample for s in self.groups if s not in complete)
+        return complete
+
+    monkeypatch.setattr(ObservedModel, "collect", watched)
+    batches = Watched(BATCHES)
+    checkpoint = freeact_fx.calibrate(
+        tiny_model(), batches, CONFIG, progress=False, max_bytes=max_bytes
+    )
+    assert batches.readings == len(held) == passes
+    assert sum(held) == 2 * (3 * 48 + 96)
+    assert_same(checkpoint, expected)
+
+
+def assert_same(one: Checkpoint, other: Checkpoint) -> None:
+    """To the last bit, and in what was measured."""
+    assert one == other
+    assert one.statistics == other.statistics
+    assert list(one.groups) == list(other.groups)
+    assert list(one.linears) == list(other.linears)
+
+
+def test_an_iterator_is_kept_on_disk_for_later_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nested inputs of every kind come back as they were, and nothing is left behind."""
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny_model()
+
+        def forward(self, parts: Any, *, flip: bool, nothing: None) -> Tensor:
+            ids, (offset, _) = parts
+            assert flip
+            assert nothing is None
+            return self.inner((ids + offset["by"]).clamp_max(MASK))
+
+    def nested() -> Iterator[Any]:
+        for batch in BATCHES:
+            yield {
+                "parts": (batch, [{"by": torch.ones(1, dtype=torch.int64)}, "text"]),
+                "flip": True,
+                "nothing": None,
+            }
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    files: list[list[str]] = []
+    collect = ObservedModel.collect
+
+    def watched(self: ObservedModel, *args: Any) -> Any:
+        complete = collect(self, *args)
+        files.append(sorted(p.name for p in tmp_path.glob("freeact-batches-*/*")))
+        return complete
+
+    monkeypatch.setattr(ObservedModel, "collect", watched)
+    config = replace(CONFIG, plan="single", gptq=False)
+    once = freeact_fx.calibrate(
+        Wrapped().eval(), nested(), config, progress=False, max_bytes=4 * LARGEST // 3
+    )
+    assert files == [[f"{i:06}.pt" for i in range(4)]] * len(files)
+    assert len(files) > 1
+    assert not list(tmp_path.glob("freeact-batches-*"))
+    assert_same(once, calibrate(Wrapped().eval(), list(nested()), config))
+    # If everything fits, nothing is written.
+    files.clear()
+    calibrate(Wrapped().eval(), nested(), config)
+    assert files == [[]]
+
+
+def test_groups_that_only_later_batches_reach(tmp_path: Path) -> None:
+    """A second tower that the first batches do not use: it is found when they are gone, and nothing of it is lost."""
+
+    class TwoTowers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = tiny_model(), tiny_model()
+
+        def forward(self, ids: Tensor, *, both: bool) -> Any:
+            return (self.one(ids), self.two(ids)) if both else self.one(ids)
+
+    batches = [{"ids": b, "both": i >= 2} for i, b in enumerate(BATCHES)]
+    config = replace(CONFIG, plan="single", gptq=False)
+    checkpoint = calibrate(TwoTowers().eval(), batches, config)
+    tokens = checkpoint.statistics["two.blocks.0.q"]["tokens"]
+    assert sum(tokens.values()) == 2 * BATCHES[0].numel()
+    assert sum(checkpoint.statistics["one.blocks.0.q"]["tokens"].values()) == 4 * BATCHES[0].numel()
+    for given in (batches, iter(batches)):
+        several = freeact_fx.calibrate(
+            TwoTowers().eval(), given, config, progress=False, max_bytes=2 * LARGEST
+        )
+        assert_same(several, checkpoint)
+
+
+@pytest.mark.parametrize("max_bytes", [None, ONE_TYPE])
+def test_the_head_of_the_model_is_not_run(max_bytes: int | None) -> None:
+    """Nothing behind the last group of a pass is: with several passes, few blocks are run each time."""
+    ran: list[str] = []
+
+    def mark(x: Tensor, name: str) -> Tensor:
+        if not isinstance(x, torch._subclasses.FakeTensor):
+            ran.append(name)
+        return x.clone()
+
+    torch._dynamo.allow_in_graph(mark)
+
+    class Marked(TinyModel):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            x = self.embed(input_ids)
+            for index, block in enumerate(self.blocks):
+                x = block(mark(x, f"block {index}"))
+            return self.lm_head(mark(self.norm(x), "head"))
+
+    torch.manual_seed(0)
+    # Types would not be known behind a function that nobody knows.
+    config = QuantConfig(token_types=TokenTypes.single(), sink=None)
+    checkpoint = freeact_fx.calibrate(
+        Marked().eval(), BATCHES, config, progress=False, max_bytes=max_bytes
+    )
+    assert_same(checkpoint, calibrate(tiny_model(), BATCHES, config))
+    # The second and the third of six passes stop in block 0.
+    expected = {None: (4, 4), ONE_TYPE: (6 * 4, 4 * 4)}[max_bytes]
+    assert (ran.count("block 0"), ran.count("block 1")) == expected
+    assert "head" not in ran
+
+
+def test_a_model_that_decides_by_itself_how_deep_it_goes() -> None:
+    """The first batch goes through the block once, the second often: no batch is left too early."""
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny_model()
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            x = self.inner.embed(input_ids)
+            while True:
+                x = self.inner.blocks[0](x)
+                if x.abs().mean() > 1.2 * (input_ids.shape[0] - 1):
+                    return x
+
+    model, config = Deep().eval(), QuantConfig(token_types=TokenTypes.single(), sink=None)
+    batches = [masked_ids(1), masked_ids(2, seed=1)]
+    calls: list[int] = []
+    hook = model.inner.blocks[0].q.register_forward_pre_hook(
+        lambda _, args: calls.append(args[0].shape[0])
+    )
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    hook.remove()
+    assert calls.count(1) == 1
+    assert calls.count(2) > 1
+    for max_bytes in (None, LARGEST):
+        checkpoint = freeact_fx.calibrate(
+            model, batches, config, progress=False, max_bytes=max_bytes
+        )
+        tokens = checkpoint.statistics["inner.blocks.0.q"]["tokens"]
+        assert tokens["token"] == 16 * sum(calls)
+
+
+def test_max_bytes_that_is_too_little() -> None:
+    message = (
+        rf"blocks\.0\.down: its statistics need {LARGEST} bytes, max_bytes is 700000\. Raise it"
+    )
+    with pytest.raises(ConfigError, match=message):
+        freeact_fx.calibrate(tiny_model(), BATCHES, CONFIG, progress=False, max_bytes=700_000)
+
+
+def test_an_exhausted_iterator() -> None:
+    batches = iter(BATCHES)
+    list(batches)
+    with pytest.raises(ConfigError, match=r"an iterator that gave nothing.*read before.*explain"):
+        calibrate(tiny_model(), batches)
+
+
+def test_batches_that_give_less_the_second_time() -> None:
+    class Leaky(list[Tensor]):
+        def __iter__(self) -> Iterator[Tensor]:
+            yield from [self.pop(0) for _ in range(len(self))]
+
+    with pytest.raises(ConfigError, match=r"got 0 and before 4.*Give a list"):
+        freeact_fx.calibrate(
+            tiny_model(), Leaky(BATCHES), CONFIG, progress=False, max_bytes=LARGEST
+        )
+
+
+@pytest.mark.parametrize("given", [{"input_ids": BATCHES[0]}, 3], ids=["a batch", "a number"])
+def test_what_is_not_batches(given: Any) -> None:
+    with pytest.raises(ConfigError, match=r"batches must be an iterable.*\[batch\]"):
+        calibrate(tiny_model(), given)
+
+
+def test_an_iterator_that_cannot_be_kept() -> None:
+    batches = ({"input_ids": batch, "extra": object()} for batch in BATCHES)
+
+    class Lax(TinyModel):
+        def forward(self, input_ids: Tensor, extra: Any) -> Tensor:
+            return super().forward(input_ids)
+
+    with pytest.raises(ConfigError, match=r"batch 0\['extra'\].*got object"):
+        freeact_fx.calibrate(Lax().eval(), batches, CONFIG, progress=False, max_bytes=LARGEST)
+
+
+# ------------------------------------------------------------------ resuming
+
+
+class Killed(Exception):
+    pass
+
+
+def resumed(
+    folder: Path, batches: Any = BATCHES, config: QuantConfig = CONFIG, **kwargs: Any
+) -> Checkpoint:
+    kwargs = {"progress": False} | kwargs
+    return freeact_fx.calibrate(tiny_model(), batches, config, resume=folder, **kwargs)
+
+
+@pytest.fixture
+def fits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the groups that were fitted; ``"kill"`` in front of the list ends the run at the fifth."""
+    fit_group, names = calibrate_module.fit_group, []
+
+    def watched(statistics: Any) -> Any:
+        if names[:1] == ["kill"] and len(names) == 5:
+            raise Killed
+        names.append(statistics.names[0])
+        return fit_group(statistics)
+
+    monkeypatch.setattr(calibrate_module, "fit_group", watched)
+    return names
+
+
+@pytest.mark.parametrize("max_bytes", [None, LARGEST])
+@pytest.mark.parametrize("once", [False, True], ids=["list", "iterator"])
+def test_killed_in_a_fit(
+    fits: list[str], tmp_path: Path, max_bytes: int | None, once: bool
+) -> None:
+    expected = calibrate(tiny_model(), BATCHES)
+
+    def given() -> Any:
+        return iter(BATCHES) if once else BATCHES
+
+    fits[:] = ["kill"]
+    with pytest.raises(Killed):
+        resumed(tmp_path, given(), max_bytes=max_bytes)
+    done = fits[1:]
+    assert len(done) == 4
+    fits.clear()
+    assert_same(resumed(tmp_path, given(), max_bytes=max_bytes), expected)
+    assert sorted(done + fits) == sorted(group[0] for group in GROUPS)
+    # Finished: it is read, not run.
+    fits.clear()
+    assert_same(resumed(tmp_path, given(), max_bytes=max_bytes), expected)
+    assert not fits
+    assert not (tmp_path / "batches").exists()
+
+
+def test_killed_by_a_batch(tmp_path: Path) -> None:
+    def broken() -> Iterator[Tensor]:
+        yield from BATCHES[:2]
+        raise Killed
+
+    with pytest.raises(Killed):
+        resumed(tmp_path, broken())
+    # Nothing was known of all batches yet, so any will do.
+    others = [masked_ids(seed=seed) for seed in range(21, 24)]
+    assert_same(resumed(tmp_path, iter(others)), calibrate(tiny_model(), others))
+
+
+def test_killed_while_a_group_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: list[str]
+) -> None:
+    save = Checkpoint.save
+
+    def half(self: Checkpoint, folder: Any) -> None:
+        save(self, folder)
+        if "blocks.0.gate" in self.groups:
+            (Path(folder) / "model.safetensors").write_bytes(b"half")
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "save", half)
+        with pytest.raises(Killed):
+            resumed(tmp_path)
+    fits.clear()
+    assert_same(resumed(tmp_path), calibrate(tiny_model(), BATCHES))
+    assert fits[0] == "blocks.0.gate"
+
+
+def test_the_kept_batches_go_on(fits: list[str], tmp_path: Path) -> None:
+    """Of an iterator that nobody can repeat."""
+    fits[:] = ["kill"]
+    with pytest.raises(Killed):
+        resumed(tmp_path, iter(BATCHES))
+    fits.clear()
+    assert_same(resumed(tmp_path, None), calibrate(tiny_model(), BATCHES))
+    assert_same(resumed(tmp_path, None), calibrate(tiny_model(), BATCHES))
+
+
+def test_another_run_is_refused(fits: list[str], tmp_path: Path) -> None:
+    fits[:] = ["kill"]
+    with pytest.raises(Killed):
+        resumed(tmp_path)
+    with pytest.raises(ConfigError, match="begun with another QuantConfig"):
+        resumed(tmp_path, config=replace(CONFIG, seed=1))
+    other = tiny_model()
+    with torch.no_grad():
+        other.blocks[1].down.weight.mul_(1.001)
+    with pytest.raises(ConfigError, match="begun with another model"):
+        freeact_fx.calibrate(other, BATCHES, CONFIG, progress=False, resume=tmp_path)
+    changed = [*BATCHES[:2], masked_ids(seed=77), BATCHES[3]]
+    for given in (changed, iter(changed), [*BATCHES, BATCHES[0]]):
+        with pytest.raises(ConfigError, match=r"batch [24] is not the one that the run began with"):
+            resumed(tmp_path, given)
+    with pytest.raises(ConfigError, match="got 3 and before 4"):
+        resumed(tmp_path, BATCHES[:3])
+    with pytest.raises(ConfigError, match="batches=None goes on with those kept in"):
+        resumed(tmp_path, None)
+    fits.clear()
+    assert_same(resumed(tmp_path), calibrate(tiny_model(), BATCHES))
+    with pytest.raises(ConfigError, match="batch 2 is not the one"):
+        resumed(tmp_path, changed)
+
+
+def test_a_folder_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"the folder holds files, but none is a run\.json"):
+        resumed(tmp_path)
+    with pytest.raises(ConfigError, match="batches=None goes on with those kept in resume=FOLDER"):
+        calibrate(tiny_model(), None)
 
 
 # ------------------------------------------------------------------ what it is good for
