@@ -12,7 +12,7 @@ keyword arguments and a config, of which formats, seed and calibration settings 
 types do not. With `gptq=True` weights are rounded by our GPTQ instead of to nearest, with
 `clip_search=True` clips are chosen by our search instead of none or the learned ones. The Linears
 inside of decoder layers are quantised, which are those that freeact_fx.calibrate takes. Statistics,
-inputs and targets all come from the float model.
+inputs and targets all come from the float model, on its device; the checkpoint is on the CPU.
 
 FlatQuant as published: a channel scale, random orthogonal factors to start from in the
 direct-inverse form, clips for activations and weight rows, all trained decoder layer by decoder
@@ -142,10 +142,6 @@ def flatquant_like(
             scales = None if clip_search else learned.weight_scales()
             parts.add(group, learned.to_group_transform(), scales)
     return parts.checkpoint()
-
-
-closed_single_gptq = functools.partial(closed_single, gptq=True)
-flatquant_like_gptq = functools.partial(flatquant_like, gptq=True)
 
 
 def _one_type(config: QuantConfig, gptq: bool, clip_search: bool) -> QuantConfig:
@@ -319,13 +315,12 @@ class _Parts:
             if hessian is not None:
                 codes = gptq_codes(transformed, scale, hessian, config.gptq_damping)
             bias_table = fitted.bias_table(weight, group.linears[index].bias)
+            packed = PackedLinear(pack_int4(codes), scale[None], bias_table)
+            on_host = PackedLinear(**{n: t.cpu() for n, t in packed.tensors().items()})
             self.linears[name] = PackedEntry(
-                group.names[0],
-                weight.shape[1],
-                PackedLinear(pack_int4(codes), scale[None], bias_table),
-                fingerprint(weight),
+                group.names[0], weight.shape[1], on_host, fingerprint(weight)
             )
-        self.groups[group.names[0]] = fitted
+        self.groups[group.names[0]] = fitted.to(torch.device("cpu"))
 
     def checkpoint(self) -> Checkpoint:
         return Checkpoint(self.config, self.groups, self.linears)
