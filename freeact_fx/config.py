@@ -68,7 +68,8 @@ class QuantConfig:
     """Calibration: take the mean error of each type's outputs, on the sample, out of its bias; no cost at run time."""
     refine_steps: int = 0
     """Calibration: steps of gradient descent on each group's transform and clips; 0: none. What they gave is kept where
-    it lowers the error on the held-out tokens; with few ``sample_tokens`` it may not."""
+    it lowers the error on the held-out tokens; with few ``sample_tokens`` it may not. 100 steps cost 4 s (q, k, v) to
+    12 s (gate, up) per group of a 135M model on one core."""
 
     def __post_init__(self) -> None:
         if isinstance(self.token_types, Mapping):

@@ -41,7 +41,7 @@ class _RoundStraightThrough(torch.autograd.Function):
         return grid.to(torch.float8_e4m3fn).float() if qmax == 448 else grid.round()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
