@@ -102,6 +102,7 @@ class Benchmark:
     def __init__(self, args: argparse.Namespace, hub: HubModel | None, sizes: Sizes) -> None:
         self.args, self.hub, self.sizes = args, hub, sizes
         self._loaded: tuple[str, nn.Module] | None = None
+        self._sources = {name: source_digest(name) for name in METHODS}
 
     def key(self, job: Job) -> dict[str, Any]:
         """What a measured row must agree in to stand for this one."""
@@ -112,11 +113,19 @@ class Benchmark:
             "sizes": asdict(self.sizes),
             "hub": None if self.hub is None else asdict(self.hub),
             "compiler": self.args.compiler,
-            "source": source_digest(job.method),
+            "source": self._sources[job.method],
         }
 
     def measure(self, job: Job) -> dict[str, Any]:
-        """Calibrate, save, score in a fresh process; returns the row."""
+        """Calibrate, save, score in a fresh process; returns the row.
+
+        Raises SystemExit if the source is no longer what this process imported: a row would be of two.
+        """
+        if source_digest(job.method) != self._sources[job.method]:
+            raise SystemExit(
+                "The source has changed since this run was begun. Start it again; rows measured so far "
+                "are kept."
+            )
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             if self.args.keep_checkpoints is not None:
@@ -188,10 +197,10 @@ class Benchmark:
         return facts
 
 
-def measure_all(benchmark: Benchmark, jobs: Sequence[Job], parts: Path) -> list[Job]:
-    """Measure what is missing, and append each row to the work file; returns the jobs that failed."""
-    measured = read_rows(parts)
-    parts.parent.mkdir(parents=True, exist_ok=True)
+def measure_all(benchmark: Benchmark, jobs: Sequence[Job], parts: Sequence[Path]) -> list[Job]:
+    """Measure what no work file has, and append it to the first; returns the jobs that failed."""
+    measured = [row for file in parts for row in read_rows(file)]
+    parts[0].parent.mkdir(parents=True, exist_ok=True)
     failed = []
     bar = tqdm([job for job in jobs if find_row(measured, benchmark.key(job)) is None], unit="row")
     for job in bar:
@@ -202,7 +211,7 @@ def measure_all(benchmark: Benchmark, jobs: Sequence[Job], parts: Path) -> list[
             traceback.print_exc()
             failed.append(job)
             continue
-        with parts.open("a") as file:
+        with parts[0].open("a") as file:
             file.write(json.dumps(row) + "\n")
         numbers = {n: round(v, 4) for n, v in row["metrics"].items() if " " not in n}
         tqdm.write(
@@ -246,7 +255,7 @@ def main() -> None:
     named = args.methods is not None or args.quick
     jobs = list(jobs_of(models, methods, args.formats, args.seeds, all_asked_for=named))
     benchmark = Benchmark(args, hub, chosen_sizes(args))
-    failed = measure_all(benchmark, jobs, args.parts[0])
+    failed = measure_all(benchmark, jobs, args.parts)
     measured = [row for file in args.parts for row in read_rows(file)]
     found = [find_row(measured, benchmark.key(job), any_source=args.any_source) for job in jobs]
     summary = summarise([row for row in found if row is not None], environment())

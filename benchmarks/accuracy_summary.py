@@ -65,9 +65,16 @@ def _results(rows: Iterable[Row]) -> Iterable[dict[str, Any]]:
 
 
 def _measured(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """On what the rows were measured, each combination once."""
-    different = {json.dumps(row["environment"], sort_keys=True): row["environment"] for row in rows}
-    return list(different.values())
+    """On what the rows were measured: each combination once, with the number of rows and their time."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(json.dumps(row["environment"], sort_keys=True), []).append(row)
+    measured = []
+    for group in groups.values():
+        seconds = sum(row.get("calibrate_s", 0) + row["score_s"] for row in group)
+        facts = {"num_rows": len(group), "hours": round(seconds / 3600, 2)}
+        measured.append({**group[0]["environment"], **facts})
+    return measured
 
 
 def _by_model(rows: Sequence[Row], value_of: Any) -> dict[str, Any]:

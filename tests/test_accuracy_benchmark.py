@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def row(
 ) -> dict[str, Any]:
     metrics = {name: fields.pop(name) for name in ("nll", "kl", "exact_match") if name in fields}
     key = {"model": model, "method": method, "format": format_, "seed": seed}
-    rest = {"environment": {"cpu": "a"}, "scored": {"wiki": 6, "gsm": 4}}
+    rest = {"environment": {"cpu": "a"}, "scored": {"wiki": 6, "gsm": 4}, "score_s": 600.0}
     return {**key, "metrics": metrics, **rest, **fields}
 
 
@@ -115,11 +116,14 @@ def test_summary_has_the_promised_keys() -> None:
     ]
     summary = summarise(rows, {"torch": "2"})
     assert json.loads(json.dumps(summary)) == summary
-    assert summary["environment"] == {"torch": "2", "measured": [{"cpu": "a"}]}
+    measured = {"cpu": "a", "num_rows": 12, "hours": 2.0}
+    assert summary["environment"] == {"torch": "2", "measured": [measured]}
     assert {tuple(result) for result in summary["results"]} == {
         ("model", "method", "format", "seed", "metric", "value")
     }
-    assert {"nll", "kl", "exact_match", "calibrate_s"} == {r["metric"] for r in summary["results"]}
+    assert {"nll", "kl", "exact_match", "calibrate_s", "score_s"} == {
+        r["metric"] for r in summary["results"]
+    }
     assert summary["gap_closed"].keys() == {"dllm"}
     assert summary["types_alone"]["dllm"]["nll"] == pytest.approx(0.5)
     assert summary["types_alone"]["dllm"]["kl"] == pytest.approx(1 - 0.05 / 0.08)
@@ -130,9 +134,9 @@ def test_summary_has_the_promised_keys() -> None:
 
 def test_table_shows_mean_and_spread_of_each_method() -> None:
     rows = tables(summarise(DLLM, {}))["dllm", "w4a4"]
-    assert rows[0] == ["method", "NLL", "KL to float"]
-    assert rows[1] == ["float", "2.0000", ""]
-    assert rows[2] == ["default", "2.1500 ± 0.0707", "0.0550 ± 0.0071"]
+    assert rows[0] == ["method", "NLL", "KL to float", "score, s"]
+    assert rows[1] == ["float", "2.0000", "", "600"]
+    assert rows[2] == ["default", "2.1500 ± 0.0707", "0.0550 ± 0.0071", "600"]
 
 
 def test_document_keeps_what_is_outside_the_marks(tmp_path: Path) -> None:
@@ -141,8 +145,10 @@ def test_document_keeps_what_is_outside_the_marks(tmp_path: Path) -> None:
     file.write_text("prose\n" + marks.format("dllm w4a4") + "more\n" + marks.format("vlm w4a4"))
     fill_document(file, summarise(DLLM, {}), {"default": "ours"})
     text = file.read_text()
-    assert text.startswith("prose\n<!-- begin dllm w4a4 -->\n| method | NLL | KL to float |\n|---|")
-    assert "| default | 2.1500 ± 0.0707 | 0.0550 ± 0.0071 |\n" in text
+    assert text.startswith(
+        "prose\n<!-- begin dllm w4a4 -->\n| method | NLL | KL to float | score, s |\n|---|"
+    )
+    assert "| default | 2.1500 ± 0.0707 | 0.0550 ± 0.0071 | 600 |\n" in text
     assert text.endswith("more\n" + marks.format("vlm w4a4"))
 
 
@@ -173,6 +179,14 @@ def test_a_row_stands_only_for_its_own_key() -> None:
     assert accuracy.find_row(rows, key | {"source": "new"}) is None
     assert accuracy.find_row(rows, key | {"source": "new"}, any_source=True) == rows[2]
     assert accuracy.find_row(rows, key | {"seed": 1}, any_source=True) is None
+
+
+def test_a_run_stops_when_its_source_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accuracy, "source_digest", lambda method: "before")
+    benchmark = accuracy.Benchmark(Namespace(compiler="eager"), None, accuracy.Sizes())
+    monkeypatch.setattr(accuracy, "source_digest", lambda method: "after")
+    with pytest.raises(SystemExit, match="source has changed"):
+        benchmark.measure(accuracy.Job("dllm", "default", "w4a4", 0))
 
 
 def test_jobs_name_float_once_and_ablations_where_they_belong() -> None:
