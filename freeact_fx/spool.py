@@ -45,10 +45,11 @@ class Batches:
                 f"A single batch goes into a list: [batch]."
             )
         self.once = batches is None or isinstance(batches, Iterator)
-        self.total = len(batches) if isinstance(batches, Sized) else None
+        self.total: int | None = len(batches) if isinstance(batches, Sized) else None
         self.digests: list[str] = []
         self._batches = batches
-        self._folder, self._temporary = folder, None
+        self._folder = folder
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._expected = expected
         self._kept = range(kept)
         self._keeping = self._compares = False

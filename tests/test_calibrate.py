@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import freeact_fx
-from freeact_fx import Checkpoint, ConfigError, QuantConfig, TokenTypes
+from freeact_fx import Checkpoint, ConfigError, QuantConfig, TokenType, TokenTypes
 from freeact_fx.observe import ObservedModel
 from freeact_fx.token_moments import TokenMoments
 
@@ -290,7 +290,81 @@ def test_one_token_in_all(plan: str, largest: float) -> None:
     assert_usable(model, checkpoint, masked_ids())
 
 
-def test_constant_channels() -> None:
+@pytest.mark.parametrize("plan", ["auto", "shift", "single"])
+def test_one_token_of_each_type(plan: str, fitted: dict[str, Any]) -> None:
+    model = tiny_model()
+    checkpoint = calibrate(model, [torch.tensor([[5, MASK, 7]])], replace(CONFIG, plan=plan))
+    for group in GROUPS:
+        assert fitted[group[0]].count.tolist() == [1, 1, 1, 0]
+        assert checkpoint.statistics[group[0]]["rare_types"] == ["unmasked", "masked", "first"]
+    assert_usable(model, checkpoint, masked_ids())
+
+
+@pytest.mark.parametrize("plan", ["auto", "single", "branch"])
+def test_singular_moments(plan: str, fitted: dict[str, Any]) -> None:
+    """Activations of three directions among 48, with no part at all in the others."""
+    model = tiny_model()
+    with torch.no_grad():
+        left, _, right = torch.linalg.svd(model.embed.weight, full_matrices=False)
+        model.embed.weight.copy_(left[:, :3] @ right[:3])
+    config = replace(CONFIG, plan=plan, memory_budget=1.5)
+    checkpoint = calibrate(model, BATCHES, config)
+    moments = fitted["blocks.0.q"].moment
+    # All masked tokens are one vector there.
+    ranks = [int(torch.linalg.matrix_rank(moments[index], rtol=1e-5)) for index in range(3)]
+    assert ranks == [3, 1, 3]
+    assert assert_usable(model, checkpoint, masked_ids(seed=9)) < 0.4
+
+
+def test_fewer_tokens_than_channels(fitted: dict[str, Any]) -> None:
+    model = tiny_model()
+    checkpoint = calibrate(model, [masked_ids(1, 20)])
+    assert all(int(seen.count.sum()) == 20 for seen in fitted.values())
+    assert assert_usable(model, checkpoint, masked_ids(seed=9)) < 0.3
+
+
+def test_five_types(fitted: dict[str, Any]) -> None:
+    ids = {"a": (), "b": (1, 2), "c": (3,), "d": (MASK,)}
+    types = TokenTypes(tuple(TokenType(name, token_ids) for name, token_ids in ids.items()))
+    config = QuantConfig(token_types=types)
+    model, batches = tiny_model(), [masked_ids(8, 32, seed=seed) for seed in (1, 2)]
+    checkpoint = calibrate(model, batches, config)
+    flat = torch.cat(batches)
+    expected = [int((torch.isin(flat, torch.tensor(own)))[:, 1:].sum()) for own in ids.values()]
+    expected[0] = 16 * 31 - sum(expected)
+    for group in GROUPS:
+        assert fitted[group[0]].count.tolist() == [*expected, 16, 0]
+        assert list(checkpoint.statistics[group[0]]["error"][group[0]]) == [
+            "a",
+            "b",
+            "c",
+            "d",
+            "first",
+        ]
+        assert checkpoint.groups[group[0]].num_rows == 6
+    assert assert_usable(model, checkpoint, masked_ids(seed=9)) < 0.3
+
+
+def test_overflow_in_half_precision() -> None:
+    """The first Linear that it reaches is named, in whichever batch it happens."""
+    model = tiny_model().half()
+    with torch.no_grad():
+        # Channel 0 of the residual stream is that of token 5 alone.
+        for block in model.blocks:
+            block.o.weight[0] = block.down.weight[0] = block.down.bias[0] = 0
+        model.embed.weight[:, 0] = 0
+        model.embed.weight[5, 0] = 20
+        model.blocks[1].up.weight[3, 0] = 60000
+        model.blocks[1].gate.weight[3, 0] = 1
+    calm = [batch.where(batch != 5, 6) for batch in BATCHES]
+    message = r"the input of blocks\.1\.down holds NaN or infinite.*bfloat16 or float32"
+    with pytest.raises(ConfigError, match=message):
+        calibrate(model, [*calm, torch.full((2, 16), 5)])
+    with torch.no_grad():
+        assert all(model(batch).isfinite().all() for batch in calm)
+
+
+def test_constant_channels(fitted: dict[str, Any]) -> None:
     """Channels that are always zero, or always the same, have no variance to divide by."""
     model = tiny_model()
     with torch.no_grad():
@@ -298,8 +372,21 @@ def test_constant_channels() -> None:
             block.attention_norm.weight[:8] = 0
             block.mlp_norm.weight[3:20] = 0
             block.up.weight[5] = 0
-        model.embed.weight[:, 40] = 3
-    assert assert_usable(model, calibrate(model, BATCHES), masked_ids(seed=9)) < 0.3
+        for row in model.blocks[0].v.weight, model.blocks[0].v.bias:
+            row[3] = 0
+        model.blocks[0].v.bias[3] = 2
+    checkpoint = calibrate(model, BATCHES)
+    attention, up = fitted["blocks.0.o"], fitted["blocks.1.down"]
+    for index in range(3):
+        variance = (
+            attention.moment[index].diagonal()
+            - attention.total[index] ** 2 / attention.count[index]
+        )
+        assert abs(float(variance[3])) < 1e-4 * float(attention.moment[index][3, 3])
+        assert float(attention.total[index][3] / attention.count[index]) == pytest.approx(2)
+        assert not up.moment[index][5].any()
+        assert not fitted["blocks.0.q"].moment[index][:8].any()
+    assert assert_usable(model, checkpoint, masked_ids(seed=9)) < 0.3
 
 
 def test_activations_that_are_all_zero() -> None:
