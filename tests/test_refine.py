@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from random_transforms import random_transform
+from tiny_model import MASK, masked_ids, tiny_model
 from torch import Tensor
 
+import freeact_fx
 from freeact_fx import QuantConfig, TokenTypes
 from freeact_fx.reference import (
     epilogue,
@@ -221,3 +223,27 @@ def test_nothing_to_refine() -> None:
 @pytest.mark.parametrize("num", [1, 2, 3])
 def test_hardly_any_tokens(num: int) -> None:
     assert refine(start("shift"), statistics_of(CONFIG, num)).problem() is None
+
+
+def test_calibration_refines_the_plan_it_chose() -> None:
+    model = tiny_model()
+    batches = [masked_ids(4, 32, seed=seed) for seed in range(1, 5)]
+    config = QuantConfig(token_types=TokenTypes.mask_token(MASK), plan="shift")
+    plain, refined = (
+        freeact_fx.calibrate(model, batches, replace(config, refine_steps=n), progress=False)
+        for n in (0, 30)
+    )
+    errors = [
+        {
+            group: sum(
+                e for by_type in c.statistics[group]["error"].values() for e in by_type.values()
+            )
+            for group in c.groups
+        }
+        for c in (plain, refined)
+    ]
+    assert all(errors[1][group] <= errors[0][group] for group in plain.groups)
+    changed = [
+        g for g in plain.groups if not torch.equal(plain.groups[g].left, refined.groups[g].left)
+    ]
+    assert len(changed) >= len(plain.groups) // 2
