@@ -174,7 +174,7 @@ class Benchmark:
             "of_bf16": checkpoint.num_bytes / (2 * num_weights),
             "plans": Counter(group.plan for group in checkpoint.groups.values()),
             "num_groups": len(checkpoint.groups),
-            "ranking": None if method.is_baseline else ranking_share(checkpoint.statistics),
+            "ranking": None if method.baseline else ranking_share(checkpoint.statistics),
         }
 
     def _config(self, job: Job) -> QuantConfig:

@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import baselines
 from accuracy_models import Batches
 from torch import nn
 
 import freeact_fx
-from freeact_fx import Checkpoint, QuantConfig, TokenTypes
+from freeact_fx import Checkpoint, QuantConfig, TokenTypes, fit
 
 FORMATS = {"w4a4": 4, "w4a8": 8}
 MEMORY_BUDGET = 1.25
@@ -30,6 +31,22 @@ def ours(model: nn.Module, batches: Batches, config: QuantConfig) -> Checkpoint:
     return freeact_fx.calibrate(model, batches, config)
 
 
+def ours_with_branch(label: str) -> Calibrate:
+    """Ours with one of the two kinds of branch in every group; QuantConfig.plan names both alike."""
+
+    def calibrate(model: nn.Module, batches: Batches, config: QuantConfig) -> Checkpoint:
+        plans = fit._plans
+
+        def only(moments: Any) -> dict[str, int]:
+            found = plans(moments)
+            return {label: found[label]} if label in found else found
+
+        with mock.patch.object(fit, "_plans", only):
+            return ours(model, batches, config)
+
+    return calibrate
+
+
 @dataclass(frozen=True)
 class Method:
     """One row.
@@ -37,6 +54,7 @@ class Method:
     what       said in the table of the documentation
     calibrate  None: the float model itself
     changes    fields of QuantConfig that differ from the default row's
+    baseline   True: its numbers depend on the source of baselines.py
     models     names in accuracy_models.MODELS for which the row is measured without being asked for
                by name; None: all
     formats    the same, of FORMATS
@@ -47,10 +65,7 @@ class Method:
     changes: Mapping[str, Any] = field(default_factory=dict)
     models: tuple[str, ...] | None = None
     formats: tuple[str, ...] = tuple(FORMATS)
-
-    @property
-    def is_baseline(self) -> bool:
-        return self.calibrate not in (None, ours)
+    baseline: bool = False
 
     def belongs(self, model: str, format_: str) -> bool:
         """Whether the row is measured without being asked for by name."""
@@ -70,6 +85,9 @@ class Method:
         return replace(default, **self.changes)
 
 
+ON_DLLM: dict[str, Any] = {"models": ("dllm",), "formats": ("w4a4",)}
+
+
 def _ablation(what: str, *models: str, **changes: Any) -> Method:
     """Our default with something changed, at W4A4, on the masked-diffusion model and `models`."""
     return Method(what, ours, changes, ("dllm", *models), ("w4a4",))
@@ -77,7 +95,7 @@ def _ablation(what: str, *models: str, **changes: Any) -> Method:
 
 def _baseline(what: str, calibrate: Callable[..., Checkpoint], **options: Any) -> Method:
     """Takes formats, seed and calibration settings from the default row's configuration."""
-    return Method(what, partial(calibrate, **options))
+    return Method(what, partial(calibrate, **options), baseline=True)
 
 
 WITH_OURS = {"gptq": True, "clip_search": True}
@@ -120,7 +138,13 @@ METHODS = {
     "duplicate": _ablation(
         "plan duplicate: own transform per type, T times the storage", plan="duplicate"
     ),
-    "branch": _ablation("plan branch in every group", plan="branch"),
+    "branch": _ablation("plan branch in every group, shared or own", plan="branch"),
+    "shared branch": Method(
+        "a branch in every group, its columns for all types", ours_with_branch("branch"), **ON_DLLM
+    ),
+    "own branch": Method(
+        "the same, columns of its own for each type", ours_with_branch("own branch"), **ON_DLLM
+    ),
     "no branch": _ablation("the default without room for a branch", memory_budget=1.0),
     "no sink": _ablation(
         "the default, the first token not a type of its own", "vlm", "smollm2", "gemma3", sink=None

@@ -74,7 +74,7 @@ class Request:
 
 def source_digest(method: str) -> str:
     """Digest of the code that a row's numbers come from: the package, the data, the baselines."""
-    names = [*DATA_SOURCES, *(BASELINE_SOURCES if METHODS[method].is_baseline else ())]
+    names = [*DATA_SOURCES, *(BASELINE_SOURCES if METHODS[method].baseline else ())]
     digest = hashlib.sha256()
     for file in [*package_sources(), *(HERE / name for name in names)]:
         digest.update(file.read_bytes())

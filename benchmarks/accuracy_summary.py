@@ -24,7 +24,8 @@ Row = Mapping[str, Any]
 
 DEFAULT, ONE_TYPE = "default", "one type"
 BASELINES = ("flatquant-like", "flatquant-like short")  # the first that was measured counts
-RANKED = "all plans measured"  # the default measures only those that the predictor puts first
+# The second measures only those plans that the predictor puts first.
+RANKED = ("all plans measured", DEFAULT)
 GAPS = ("nll", "kl")
 
 
@@ -143,15 +144,19 @@ def _vlm_dnll(rows: Sequence[Row]) -> dict[str, float]:
 
 def _predictor_ranking(rows: Sequence[Row]) -> dict[str, float]:
     """Share of the groups, over seeds, whose plans the predictor puts in the measured order."""
-    of_model: dict[str, list[tuple[float, int]]] = {}
-    for row in rows:
-        if row["method"] == RANKED and row["format"] == "w4a4" and row.get("ranking") is not None:
-            counts = row["ranking"], row["num_groups"]
-            of_model.setdefault(row["model"], []).append(counts)
-            of_model.setdefault("all", []).append(counts)
+    shares: dict[str, list[tuple[float, int]]] = {}
+    for model in dict.fromkeys(row["model"] for row in rows):
+        of_model = [r for r in rows if (r["model"], r["format"]) == (model, "w4a4")]
+        for method in RANKED:
+            counts = [(r["ranking"], r["num_groups"]) for r in of_model if r["method"] == method]
+            if counts:
+                shares[model] = counts
+                break
+    if shares:
+        shares["all"] = [count for counts in shares.values() for count in counts]
     return {
-        model: sum(share * groups for share, groups in counts) / sum(groups for _, groups in counts)
-        for model, counts in sorted(of_model.items())
+        model: sum(share * num for share, num in counts) / sum(num for _, num in counts)
+        for model, counts in shares.items()
     }
 
 

@@ -50,6 +50,7 @@ SIZES = {
 def row(
     model: str, method: str, seed: int = 0, format_: str = "w4a4", **fields: Any
 ) -> dict[str, Any]:
+    fields = {"ranking": 0.25, "num_groups": 120, **fields}
     metrics = {name: fields.pop(name) for name in ("nll", "kl", "exact_match") if name in fields}
     key = {"model": model, "method": method, "format": format_, "seed": seed}
     rest = {"environment": {"cpu": "a"}, "scored": {"wiki": 6, "gsm": 4}, "score_s": 600.0}
@@ -108,7 +109,7 @@ def test_summary_has_the_promised_keys() -> None:
         *DLLM,
         row("dllm", "one type", 0, nll=2.2, kl=0.08),
         row("dllm", "all plans measured", 0, nll=2.1, ranking=1.0, num_groups=120),
-        row("smollm2", "all plans measured", 0, nll=3.1, ranking=0.5, num_groups=40),
+        row("smollm2", "default", 0, nll=3.1, ranking=0.5, num_groups=40),
         of_float("vlm", 0.08),
         row("vlm", "default", 0, nll=0.09, exact_match=0.9),
         row("vlm", "default", 1, nll=0.11, exact_match=0.9),
@@ -129,7 +130,8 @@ def test_summary_has_the_promised_keys() -> None:
     assert summary["types_alone"]["dllm"]["kl"] == pytest.approx(1 - 0.05 / 0.08)
     assert summary["tokens_scored"] == {"dllm": 10, "smollm2": 10, "vlm": 10}
     assert summary["vlm_dnll"] == pytest.approx(0.02)
-    assert summary["predictor_ranking"] == {"all": 0.875, "dllm": 1.0, "smollm2": 0.5}
+    ranking = {"dllm": 1.0, "smollm2": 0.5, "vlm": 0.25}
+    assert summary["predictor_ranking"] == {**ranking, "all": (120 + 20 + 2 * 30) / 400}
 
 
 def test_table_shows_mean_and_spread_of_each_method() -> None:
