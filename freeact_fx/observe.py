@@ -106,7 +106,11 @@ class ObservedModel:
             if self.is_waiting:
                 self._check_sizes()
                 batches.keep()
-            self._report(progress, batches.total)
+            passes = self._expect(progress, batches.total)
+            label = f"observing {self._batch + 1} of {batches.total or '?'}"
+            label += f", pass {self._pass} of {passes}" if passes > 1 else ""
+            progress.step(progress.observing, 1, label)
+        self._expect(progress, batches.total)
         return self._end_pass()
 
     # ------------------------------------------------------------------ passes
@@ -162,20 +166,19 @@ class ObservedModel:
             group.collects = False
         return [g.statistics for g in complete]
 
-    def _report(self, progress: Progress, num_batches: int | None) -> None:
+    def _expect(self, progress: Progress, num_batches: int | None) -> int:
+        """Tell how much work there is, as far as it is known; the number of passes."""
         waiting = [g for g in self._groups.values() if g.is_waiting]
         bytes_waiting: dict[torch.device, int] = {}
         for group in waiting:
             bytes_waiting[group.device] = bytes_waiting.get(group.device, 0) + group.num_bytes
         more = max((-(-n // self._budget[d]) for d, n in bytes_waiting.items()), default=0)
         passes = self._pass + more
-        label = f"observing {self._batch + 1} of {num_batches or '?'}"
-        label += f", pass {self._pass} of {passes}" if passes > 1 else ""
         progress.observing.total = None if num_batches is None else float(num_batches * passes)
-        progress.fitting.total = sum(
-            fit_cost(g.statistics) for g in self._groups.values() if g.collects or g.is_waiting
-        ) + (progress.fitting.done)
-        progress.step(progress.observing, 1, label)
+        to_fit = [g for g in self._groups.values() if g.collects or g.is_waiting]
+        left = sum(fit_cost(group.statistics) for group in to_fit)
+        progress.fitting.total = progress.fitting.done + left
+        return passes
 
     # ------------------------------------------------------------------ observers
 

@@ -17,14 +17,26 @@ class _Work:
     total: float | None = None
     done: float = 0.0
     seconds: float = 0.0
+    # What its first step did: the model is traced in it, so it says little of the others.
+    first_done: float = 0.0
+    first_seconds: float = 0.0
+
+    def step(self, amount: float, seconds: float) -> None:
+        if not self.done:
+            self.first_done, self.first_seconds = amount, seconds
+        self.done += amount
+        self.seconds += seconds
 
     def left(self, prior: float | None) -> float | None:
         """Seconds left; ``prior`` is what all of it is taken to need before any was done. None: nobody knows."""
         if self.total is None:
             return None
-        if self.done:
-            return max(self.total - self.done, 0) * self.seconds / self.done
-        return prior
+        if not self.done:
+            return prior
+        done, seconds = self.done, self.seconds
+        if done > self.first_done:
+            done, seconds = done - self.first_done, seconds - self.first_seconds
+        return max(self.total - self.done, 0) * seconds / done
 
 
 @dataclass
@@ -53,8 +65,7 @@ class Progress:
     def step(self, work: _Work, amount: float, label: str) -> None:
         """Some work was done since the last step."""
         now = time.monotonic()
-        work.done += amount
-        work.seconds += now - self._last
+        work.step(amount, now - self._last)
         self._last = now
         if not self.shown:
             return

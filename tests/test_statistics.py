@@ -111,6 +111,28 @@ def test_large_finite_values_are_taken() -> None:
     assert moments_of(tokens).total[0, 0] == 120000
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_the_gpu(dtype: torch.dtype) -> None:
+    """The same as on the CPU, kept there; the same tokens are sampled."""
+    tokens, types = normal(900, 96).to(dtype), torch.arange(900) % 3
+    on_cpu, on_gpu = (TokenMoments(96, 4, 16, 0, "layer.q") for _ in range(2))
+    for batch, batch_types in zip(tokens.split(200), types.split(200), strict=True):
+        on_cpu.observe(batch, batch_types)
+        on_gpu.observe(batch.cuda(), batch_types.cuda())
+    assert torch.equal(on_cpu.count, on_gpu.count)
+    assert torch.allclose(on_cpu.means(), on_gpu.means().cpu(), atol=1e-5)
+    for index in range(3):
+        assert on_gpu.moment[index].is_cuda
+        assert torch.allclose(on_cpu.moment[index], on_gpu.moment[index].cpu(), atol=1e-3)
+    for held_out in (False, True):
+        pairs = zip(
+            on_cpu.samples(held_out=held_out), on_gpu.samples(held_out=held_out), strict=True
+        )
+        assert all(b.is_cuda and torch.equal(a, b.cpu()) for a, b in pairs)
+
+
 # ------------------------------------------------------------------ memory
 
 
