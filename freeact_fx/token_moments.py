@@ -26,6 +26,8 @@ from .errors import ConfigError
 _BLOCK_ROWS = 8
 # The variance within a type counts, besides its own tokens', this many tokens' of the variance within all types.
 _PRIOR_TOKENS = 8
+# Median of the square of a standard normal variable.
+_MEDIAN_BY_CHANCE = 0.4549
 
 
 TokenMomentsT = TypeVar("TokenMomentsT", bound="TokenMoments")
@@ -211,13 +213,14 @@ class TokenMoments:
 
         Per channel, with n tokens of a type, their mean m and the mean p of all tokens::
 
-            m' = p + max(0, 1 - v / (n (m - p)^2)) (m - p)
+            m' = p + max(0, 1 - 0.455 / median(r), 1 - 9 / r) (m - p)      r = n (m - p)^2 / v
             v  = (sum of squared deviations from m + 8 w) / (n - 1 + 8)
 
-        w is the variance within types over all tokens (about p, if no type has two). That is the positive part of
-        James and Stein's estimator, channel by channel, since a few channels differ by orders of magnitude: ``1 - v /
-        (n (m - p)^2)`` estimates the part of the distance that is no chance. It moves a mean by one standard error at
-        most, so many tokens leave it where it is; one token is believed where it stands out. No token: p.
+        w is the variance within types over all tokens (about p, if no type has two); the median is over channels, and
+        0.455 that of r if the type does not differ. The first term is the positive part of James and Stein's
+        estimator, made robust: how much of a usual distance is no chance. By the second a channel that stands out is
+        believed alone: one token tells of a massive activation. A mean moves by three standard errors at most and many
+        tokens leave it where it is; without a token it is p.
         """
         squares = torch.zeros_like(self.total)
         for index, moment in self._moment.items():
@@ -233,8 +236,10 @@ class TokenMoments:
             within = (squares.sum(0) / count.sum().clamp_min(1) - pooled.square()).clamp_min(0)
         variance = (deviations + _PRIOR_TOKENS * within) / (count - 1 + _PRIOR_TOKENS)
         error, distance = variance / count.clamp_min(1), own - pooled
-        kept = 1 - error / distance.square().clamp_min(1e-300)
-        return pooled + torch.where(count > 0, kept.clamp_min(0), 0) * distance
+        ratio = distance.square() / error  # NaN where both are 0
+        usual = ratio.nanmedian(1, keepdim=True).values
+        kept = torch.maximum(1 - _MEDIAN_BY_CHANCE / usual, 1 - 9 / ratio).clamp_min(0)
+        return pooled + torch.where(count > 0, kept, 0).nan_to_num(0) * distance
 
 
 def _exact_in_half(tokens: Tensor) -> bool:
