@@ -53,7 +53,8 @@ def calibrate(
     model      dense, any device; it is run in eval mode under no_grad and not changed
     batches    any iterable of inputs: a mapping is passed as keyword arguments, a tuple or list as positional ones,
                anything else as the only argument. For a diffusion language model mask them at various ratios
-               (``MaskCollator``). What is needed more than once is read again; an iterator is kept on disk
+               (``MaskCollator``). Positions where a mapping's ``attention_mask`` [B, T] is 0 are left out of the
+               statistics. What is needed more than once is read again; an iterator is kept on disk
     config     None: the default one
     progress   show a progress bar with the time left
     max_bytes  bound on the statistics that are held at a time on each device; None: half of its free memory. Less

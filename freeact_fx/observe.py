@@ -11,7 +11,7 @@ language model, a fifth of a small one's time) reaches nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -79,7 +79,8 @@ class ObservedModel:
         self._pass = self._batch = 0
         self._knows_calls = True
         self._calls_left: int | None = None
-        self._split: tuple[Tensor, TypeSplit] | None = None
+        self._split: tuple[Tensor | None, int, TypeSplit] | None = None
+        self._padding: Tensor | None = None  # of this batch, [B, T] bool
         self.call: Callable[..., Any] = model
 
     @property
@@ -96,7 +97,7 @@ class ObservedModel:
         """Run a pass; the statistics that it completed, in the order of the model."""
         self._begin_pass()
         for self._batch, batch in batches:
-            self._split = None
+            self._split, self._padding = None, _padding_of(batch)
             collecting = [g for g in self._groups.values() if g.collects]
             if self._pass > 1 and self._knows_calls:
                 self._calls_left = sum(g.calls.get(self._batch, 0) for g in collecting)
@@ -232,7 +233,7 @@ class ObservedModel:
         graph.num_calls += 1
         if self._pass == 1:
             group.calls[self._batch] = group.calls.get(self._batch, 0) + 1
-        split = self._split_of(types, x.numel() // x.shape[-1])
+        split = self._split_of(x, types)
         if group.collects:
             group.statistics.observe(x, split)
             if self._calls_left is not None:
@@ -243,13 +244,25 @@ class ObservedModel:
         if is_end or self._calls_left == 0:
             raise _SeenAll
 
-    def _split_of(self, types: Tensor | None, num_tokens: int) -> TypeSplit:
+    def _split_of(self, x: Tensor, types: Tensor | None) -> TypeSplit:
         """The groups of a call mostly share one tensor of types."""
-        if types is None:
-            return TypeSplit.of(None, num_tokens)
-        if self._split is None or self._split[0] is not types:
-            self._split = types, TypeSplit.of(types, num_tokens)
-        return self._split[1]
+        num_tokens = x.numel() // x.shape[-1]
+        if self._split is None or self._split[0] is not types or self._split[1] != num_tokens:
+            padding = self._padding
+            if padding is not None and x.shape[:-1] in (padding.shape, (padding.numel(),)):
+                padding = padding.to(x.device)
+            else:
+                padding = None
+            self._split = types, num_tokens, TypeSplit.of(types, num_tokens, padding)
+        return self._split[2]
+
+
+def _padding_of(batch: Any) -> Tensor | None:
+    """Where a batch says that its tokens are none: ``attention_mask`` [B, T] is 0. None: nowhere."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or bool((mask != 0).all()):
+        return None
+    return mask == 0
 
 
 def fit_cost(statistics: GroupStatistics) -> float:

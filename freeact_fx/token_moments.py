@@ -37,7 +37,7 @@ TokenMomentsT = TypeVar("TokenMomentsT", bound="TokenMoments")
 class TypeSplit:
     """How the tokens of a call fall into types. Made once per call: it waits for the device.
 
-    order   [M] int64, the tokens sorted by type; None: they are all of one
+    order   [M'] int64, the tokens sorted by type, without padding; None: they are all of one type
     counts  (type, number of tokens) of each type that occurs, ascending
     """
 
@@ -45,14 +45,24 @@ class TypeSplit:
     counts: tuple[tuple[int, int], ...]
 
     @staticmethod
-    def of(types: Tensor | None, num_tokens: int) -> TypeSplit:
-        """Split by types of any shape, one per token; None: all are of type 0."""
-        if types is None:
+    def of(types: Tensor | None, num_tokens: int, padding: Tensor | None = None) -> TypeSplit:
+        """Split by types of any shape, one per token; None: all are of type 0. ``padding`` is True where a token is
+        none."""
+        if types is None and padding is None:
             return TypeSplit(None, ((0, num_tokens),))
+        if types is None:
+            assert padding is not None
+            types = torch.zeros_like(padding, dtype=torch.int32)
         flat = types.reshape(-1)
+        if padding is not None:
+            flat = flat.masked_fill(padding.reshape(-1), -1)
         numbers, counts = torch.stack(flat.unique(return_counts=True)).tolist()
-        order = flat.argsort(stable=True) if len(numbers) > 1 else None
-        return TypeSplit(order, tuple(zip(numbers, counts, strict=True)))
+        order = flat.argsort(stable=True) if len(numbers) > 1 or numbers[0] < 0 else None
+        pairs = list(zip(numbers, counts, strict=True))
+        if order is not None and numbers[0] < 0:
+            order = order[counts[0] :]
+            del pairs[0]
+        return TypeSplit(order, tuple(pairs))
 
 
 class TokenMoments:
@@ -91,6 +101,8 @@ class TokenMoments:
             tokens = tokens.float()
         if types.order is not None:
             tokens = tokens[types.order]
+        if not types.counts:
+            return
         parts = tokens.split([number for _, number in types.counts])
         sums = torch.stack([part.sum(0, dtype=torch.float32) for part in parts])
         if not bool(sums.isfinite().all()):

@@ -215,6 +215,29 @@ def test_shared_block_counts_each_pass() -> None:
     assert model.blocks[1].q is model.blocks[0].q
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_left_out(side: str, fitted: dict[str, Any]) -> None:
+    """Sequences filled up to one length give the statistics that they give one by one."""
+    model, lengths = llama(), (16, 9, 12)
+    rows = [masked_ids(1, n, seed=n) for n in lengths]
+    ids, attended = torch.full((3, 16), 7), torch.zeros(3, 16, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        n = row.shape[1]
+        part = slice(16 - n, None) if side == "left" else slice(0, n)
+        ids[index, part], attended[index, part] = row[0], 1
+    config = replace(CONFIG, plan="shift", gptq=False)
+    calibrate(model, [{"input_ids": row} for row in rows], config)
+    apart = dict(fitted)
+    calibrate(model, [{"input_ids": ids, "attention_mask": attended}], config)
+    assert len(apart) == 8
+    for group, seen in fitted.items():
+        assert torch.equal(seen.count, apart[group].count)
+        assert seen.count.sum() == sum(lengths)
+        for index in range(3):
+            moment = apart[group].moment[index]
+            assert torch.allclose(seen.moment[index], moment, rtol=1e-3, atol=1e-4)
+
+
 def test_types_that_are_handed_in() -> None:
     """A stack without ids: the enclosing context says which token is which."""
 

@@ -68,6 +68,26 @@ def test_a_split_is_that_of_the_types() -> None:
     assert TypeSplit.of(None, 7) == TypeSplit(None, ((0, 7),))
 
 
+def test_padding_is_in_no_type() -> None:
+    types = torch.tensor([[2, 0, 2], [0, 0, 4]], dtype=torch.int32)
+    padding = torch.tensor([[1, 0, 0], [0, 1, 1]]).bool()
+    for own, counts, order in (
+        (types, ((0, 2), (2, 1)), [1, 3, 2]),
+        (None, ((0, 3),), [1, 2, 3]),
+        (torch.full((2, 3), 5), ((5, 3),), [1, 2, 3]),
+    ):
+        split = TypeSplit.of(own, 6, padding)
+        assert split.counts == counts
+        assert split.order is not None
+        assert split.order.tolist() == order
+    seen = TokenMoments(4, 7, 16, 0, "layer.q")
+    tokens = normal(6, 4)
+    seen.observe(tokens, TypeSplit.of(types, 6, padding))
+    seen.observe(tokens, TypeSplit.of(types, 6, torch.ones(2, 3).bool()))
+    assert seen.count.tolist() == [2, 0, 1, 0, 0, 0, 0]
+    assert torch.allclose(seen.total[2].float(), tokens[2])
+
+
 def test_rounding_of_many_tokens() -> None:
     """262144 tokens in batches of 512, channels from 1e-3 to 1e3, some of them constant: within the stated 1e-5 of
     sqrt(C_ii C_jj). Token by token into the same totals it would be 1e-3."""
