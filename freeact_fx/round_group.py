@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .gptq import gptq
+from .gptq import damped, gptq
 from .moments import GroupMoments, columns_of_type, transformed_moment
-from .predict import ErrorsByLinear
+from .predict import ErrorsByLinear, rounding_noise
 from .reference import epilogue, pack_int4, quantize_tokens, rows_of_type, transform
 from .statistics import GroupStatistics
 from .transform import GroupTransform, PackedLinear, quantize_branch, quantize_weight
@@ -157,10 +157,17 @@ def round_group(
     codes, scales = [], []
     delta: Tensor | None = None
     for at, part in enumerate(rest.split(sizes, 1)):
-        rounded, scale = quantize_weight(part, search=config.clip_search)
+        target, to_branch = part, None
         if by_gptq:
             hessian, to_branch = _hessian(fitted, moments, at, absorb=config.branch_absorbs)
-            rounded = gptq(part, scale, hessian, config.gptq_damping)
+            # Before the refit: it would let go directions that only tokens of new texts take.
+            hessian = damped(hessian, config.gptq_damping)
+            if config.refit:
+                noise = rounding_noise(part.shape[1], config.qmax)
+                target, hessian = refitted(part, hessian, noise)
+        rounded, scale = quantize_weight(target, search=config.clip_search)
+        if by_gptq:
+            rounded = gptq(target, scale, hessian, 0.0)
             if to_branch is not None:
                 delta = (part - rounded * scale.unsqueeze(1)) @ to_branch
         codes.append(rounded)
@@ -182,6 +189,34 @@ def round_group(
     if config.bias_correction and fitted.shift is not None:
         return _without_bias(fitted, linears, moments.statistics)
     return linears
+
+
+def refitted(weight: Tensor, hessian: Tensor, noise: float) -> tuple[Tensor, Tensor]:
+    """The weight whose product with rounded tokens is nearest to that of ``weight`` with the tokens as they are.
+
+    weight   [N, k] fp32
+    hessian  [k, k] fp32, moment H of the tokens, damped
+    noise    mean squared rounding error of a coordinate, relative to its mean square
+
+    With its best clip a quantiser's error is orthogonal to what it gives, so ``z_hat = (1 - noise) z + d`` with d
+    about uncorrelated with z and alike in all coordinates (Bussgang): ``D = noise * mean(diag H) * I``. Then::
+
+        W_hat = W H (H + D)^-1 / (1 - noise)
+
+    which keeps directions that are louder than the noise, and lets go those that would only pass on noise. Nothing is
+    done where the noise is below 1e-3 (8-bit activations): there is nothing to gain.
+
+    Returns it, and ``H + D``, the moment that its own rounding meets.
+    """
+    if noise < 1e-3:
+        return weight, hessian
+    noisy = hessian.clone()
+    noisy.diagonal().add_(noise * hessian.diagonal().mean().clamp_min(1e-30))
+    factor, failed = torch.linalg.cholesky_ex(noisy)
+    if bool(failed):
+        return weight, hessian
+    target = torch.cholesky_solve(hessian @ weight.t(), factor).t() / (1 - noise)
+    return target.contiguous(), noisy
 
 
 def _hessian(

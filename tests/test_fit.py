@@ -21,7 +21,7 @@ from freeact_fx.narrow_slices import best_widths
 from freeact_fx.plans import fit_transform, strongest_directions, with_branch
 from freeact_fx.predict import mean_error, predicted_errors, ranking_share, rounding_noise
 from freeact_fx.reference import epilogue, quantize_tokens, transform, transform_quantize
-from freeact_fx.round_group import weight_sides
+from freeact_fx.round_group import refitted, weight_sides
 from freeact_fx.statistics import GroupStatistics
 from freeact_fx.token_types import TokenTypes
 from freeact_fx.transform import GroupTransform, pack_linear
@@ -469,6 +469,46 @@ def test_a_branch_absorbs_rounding(label: str) -> None:
             statistics = random_statistics(96, 2, seed, **fields)
             total[absorbs] += mean_error(fit_group(statistics)[2]["error"])
     assert total[True] < total[False], label
+
+
+@pytest.mark.parametrize(("decay", "of_best", "of_none"), [(0.5, 1.03, 0.99), (1.0, 1.4, 0.6)])
+def test_refit_is_nearly_the_least_squares_of_rounded_tokens(
+    decay: float, of_best: float, of_none: float
+) -> None:
+    """Against the normal equations of very many rounded tokens, and the weight as it was, on new tokens."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(256, 256, generator=generator))[0]
+    spectrum = 1 / (1 + torch.arange(256)) ** decay
+
+    def sample(num_tokens: int) -> tuple[Tensor, Tensor]:
+        z = torch.randn(num_tokens, 256, generator=generator) * spectrum @ basis
+        codes, scale = quantize_tokens(z, torch.tensor([0.75]), 7)
+        return z, codes * scale
+
+    weight = torch.randn(16, 256, generator=generator)
+    z, rounded = sample(20000)
+    refit, _ = refitted(weight, z.t() @ z / len(z), rounding_noise(256, 7))
+    best = torch.linalg.lstsq(rounded, z @ weight.t()).solution.t()
+    new, rounded = sample(5000)
+    error, error_of_best, error_of_none = (
+        float((rounded @ w.t() - new @ weight.t()).square().sum()) for w in (refit, best, weight)
+    )
+    assert error < of_best * error_of_best
+    assert error < of_none * error_of_none
+    # Eight bits leave nothing to gain.
+    assert refitted(weight, z.t() @ z, rounding_noise(256, 127))[0] is weight
+
+
+@pytest.mark.parametrize("plan", ["single", "shift"])
+def test_refit_helps_on_held_out_tokens(plan: str) -> None:
+    total = {
+        refit: sum(
+            mean_error(fit_group(random_statistics(96, 2, s, plan=plan, refit=refit))[2]["error"])
+            for s in range(5)
+        )
+        for refit in (False, True)
+    }
+    assert total[True] < total[False]
 
 
 def test_sides_are_what_a_packed_linear_holds() -> None:
