@@ -154,6 +154,9 @@ METHODS = {
     ),
     "no gptq": _ablation("the default, weights rounded to nearest", gptq=False),
     "no clip search": _ablation("the default without a search for clips", clip_search=False),
+    "no refit": _ablation(
+        "the default, weights not fitted to rounded activations before GPTQ", refit=False
+    ),
     "no absorbing": _ablation(
         "the default, the branch not made to absorb rounding", branch_absorbs=False
     ),
