@@ -47,8 +47,8 @@ def narrow_factors(
         of_slices, bases, best_widths(torch.stack(losses)), strict=True
     ):
         kept = basis[:, :width]
-        within = (_rotated(matrix, kept) for matrix in (moment, gram))
-        left, right = kronecker_factors(*within, (width, shape[1]), generator)
+        own, own_gram = _rotated(moment, kept), _rotated(gram, kept)
+        left, right = kronecker_factors(own, own_gram, (width, shape[1]), generator)
         factors.append((kept @ left, right))
     return factors
 
