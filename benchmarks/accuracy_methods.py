@@ -123,7 +123,9 @@ METHODS = {
         _baseline("flatquant-like, 5 epochs instead of 15", baselines.flatquant_like, epochs=5),
         models=(),
     ),
-    "default": Method("ours: plan auto, types, sink, GPTQ, clips"),
+    "default": Method(
+        f"ours: plan auto at memory_budget {MEMORY_BUDGET}, types, sink, GPTQ, clips"
+    ),
     "one type": Method("the default, one type for all tokens", changes=ONE_TYPE),
     "all plans measured": _ablation(
         "the default, which otherwise measures only the plans predicted best",
