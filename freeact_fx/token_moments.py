@@ -8,7 +8,8 @@ Products and their totals are fp32. Each batch that is added rounds an entry ``C
 ``sqrt(C_ii C_jj)``, whatever the scales of the channels: for 262144 tokens in batches of 512 about 7e-7 in all, and at
 worst, for channels that never change, 1e-5. Sampling moves it by ``1 / sqrt(tokens)``, 2e-3, and the fits add 1e-5 of
 the diagonal and 1e-3 of the mean eigenvalue. Sums are fp64 over batches: moments are centred with them. A moment is
-symmetric: only blocks on and above the diagonal are computed, 9/16 of the work.
+symmetric: only blocks on and above the diagonal are computed, 9/16 of the work. (Where the user allows TF32, a model
+in fp32 gets moments of factors with 10 bits.)
 """
 
 from __future__ import annotations
@@ -256,7 +257,9 @@ class TokenMoments:
 
 def _exact_in_half(tokens: Tensor) -> bool:
     """Whether tensor cores multiply these as they are: products of two 16-bit floats are exact in their fp32 totals."""
-    return tokens.is_cuda and tokens.dtype in (torch.bfloat16, torch.float16)
+    # AMD's GPUs answer to is_cuda too, and have no such product.
+    nvidia = tokens.is_cuda and torch.version.hip is None
+    return nvidia and tokens.dtype in (torch.bfloat16, torch.float16)
 
 
 def _block_rows(num_features: int) -> list[tuple[int, int]]:

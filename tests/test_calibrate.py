@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import freeact_fx
 from freeact_fx import Checkpoint, ConfigError, QuantConfig, TokenType, TokenTypes
+from freeact_fx import observe as observe_module
 from freeact_fx.observe import ObservedModel
 from freeact_fx.token_moments import TokenMoments
 
@@ -646,6 +647,16 @@ def test_max_bytes_that_is_too_little() -> None:
     )
     with pytest.raises(ConfigError, match=message):
         freeact_fx.calibrate(tiny_model(), BATCHES, CONFIG, progress=False, max_bytes=700_000)
+
+
+def test_default_budget_is_half_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of what holds two blocks holds one. It is a guess: what alone is more gets a pass of its own."""
+    expected = calibrate(tiny_model(), BATCHES)
+    for free, passes in ((6 * SMALLER + 2 * LARGEST, 2), (100, 8)):
+        monkeypatch.setattr(observe_module, "free_bytes", lambda _, free=free: free)
+        batches = Watched(BATCHES)
+        assert_same(calibrate(tiny_model(), batches), expected)
+        assert batches.readings == passes
 
 
 def test_an_exhausted_iterator() -> None:

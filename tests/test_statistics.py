@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from freeact_fx import ConfigError
+from freeact_fx import ConfigError, memory
 from freeact_fx.memory import free_bytes
 from freeact_fx.token_moments import TokenMoments, TypeSplit
 
@@ -166,8 +168,18 @@ def test_bytes_are_those_of_the_formula() -> None:
     assert seen.count.sum() == 600
 
 
-def test_free_memory() -> None:
-    assert 1 << 20 < free_bytes(torch.device("cpu")) < 1 << 50
+def test_free_memory_is_that_of_the_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = torch.device("cpu")
+    assert 1 << 20 < free_bytes(host) < 1 << 50
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("50000000\n")
+    (tmp_path / "memory.current").write_text("41000000\n")
+    (tmp_path / "memory.stat").write_text("anon 30000000\ninactive_file 2000000\n")
+    assert free_bytes(host) == 11_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes(host) > 11_000_000
 
 
 # ------------------------------------------------------------------ the sample
