@@ -111,7 +111,8 @@ def _plans(moments: GroupMoments) -> dict[str, int]:
     # A branch of one type's own is a shared one.
     own_rank = rank - rank % config.num_types if config.num_types > 1 else 0
     found = {"single": 0, "shift": 0}
-    if 1 < num_slices <= moments.shape[0]:
+    # With one slice these are single and shift.
+    if (num_slices > 1 or config.plan == "paper") and num_slices <= moments.shape[0]:
         found["paper"] = 0
     if 1 < num_slices <= config.memory_budget or config.plan == "duplicate":
         found["duplicate"] = 0
@@ -134,8 +135,8 @@ def _no_room(name: str, config: QuantConfig, moments: GroupMoments) -> str:
             f"branch. Raise it, or choose plan='auto'."
         )
     return (
-        f"calibrate: {name}: QuantConfig.plan='paper' needs at least two token types with tokens to "
-        f"calibrate on, and at most {moments.shape[0]}, got {len(moments.slices()[0])}. Choose plan='auto'."
+        f"calibrate: {name}: QuantConfig.plan='paper' has room for {moments.shape[0]} token types here, one for each "
+        f"column of the left factor, got {len(moments.slices()[0])}. Choose plan='auto'."
     )
 
 

@@ -54,14 +54,14 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
 
 
 def unit_upper_factor(matrix: Tensor) -> Tensor:
-    """U of ``matrix = U D U^T`` in fp32, [n, n] unit upper triangular.
-
-    Raises torch.linalg.LinAlgError if the matrix is not positive definite.
-    """
+    """U of ``matrix = U D U^T`` in fp32, [n, n] unit upper triangular; the identity, which rounds to nearest, for a
+    matrix that is not positive definite."""
     # Backwards, a lower triangular factor is an upper one.
     backwards = matrix.flip(0, 1)
     lower, failed = torch.linalg.cholesky_ex(backwards.float())
     if bool(failed):
-        lower = torch.linalg.cholesky(backwards.double())
+        lower, failed = torch.linalg.cholesky_ex(backwards.double())
+    if bool(failed):
+        return torch.eye(matrix.shape[0], device=matrix.device)
     upper = lower.flip(0, 1)
     return (upper / upper.diagonal()).float()

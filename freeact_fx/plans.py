@@ -25,6 +25,8 @@ from .reference import branch_codes
 from .transform import GroupTransform
 
 _SUBSPACE_ITERATIONS = 6
+_BRANCH_ROUNDS = 3
+_LEAST_REST = 1e-3
 
 
 def fit_transform(plan: str, moments: GroupMoments) -> GroupTransform:
@@ -76,8 +78,9 @@ def with_branch(
     own   each type has its own ``rank // num_types`` of them, in place of sharing all
 
     A shared branch also takes its directions out of what is rounded of the weight. Rounding error goes with the product
-    of both traces, so to first order with the sum of both moments, each relative to its trace. Along own columns the
-    weight still meets other types' tokens and stays whole: the type's own moment decides alone.
+    of both traces; where that is least, the columns are the strongest directions of the sum of both moments, each
+    relative to what the columns leave of its trace. Along own columns the weight still meets other types' tokens and
+    stays whole: the type's own moment decides alone.
     """
     num_types = moments.statistics.config.num_types
     generator = torch.Generator().manual_seed(moments.statistics.config.seed)
@@ -92,8 +95,16 @@ def with_branch(
         return replace(fitted, plan="branch", lowrank=lowrank, own_rank=own_rank)
     c = transformed_moment(fitted, moments.mixture(centred=True), 0)
     g = transformed_gram(fitted, moments.gram)
-    joint = c / c.trace().clamp_min(1e-30) + g / g.trace().clamp_min(1e-30)
-    lowrank = branch_codes(strongest_directions(joint, rank, generator))
+    rest_of_c, rest_of_g = c.trace(), g.trace()
+    for _ in range(_BRANCH_ROUNDS):
+        joint = c / rest_of_c.clamp_min(1e-30) + g / rest_of_g.clamp_min(1e-30)
+        columns = strongest_directions(joint, rank, generator)
+        # Few tokens leave nothing at all, other ones would.
+        rest_of_c, rest_of_g = (
+            torch.maximum(m.trace() - (columns * (m @ columns)).sum(), _LEAST_REST * m.trace())
+            for m in (c, g)
+        )
+    lowrank = branch_codes(columns)
     return replace(fitted, plan="branch", lowrank=lowrank)
 
 

@@ -28,6 +28,8 @@ from .transform import GroupTransform, PackedLinear, quantize_branch, quantize_w
 _CLIPS = torch.linspace(0.5, 1.0, 11).tolist()
 # Added to the diagonal of a branch's moment, as a part of its mean: columns of a type that was not seen.
 _BRANCH_DAMPING = 1e-3
+# Of a sum of products in fp32, relative to the energy that goes in.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,8 @@ def _hessian(
     zc, cc = zz.new_zeros(size, rank), zz.new_zeros(rank, rank)
     for index, moment in own.items():
         u = transformed_moment(fitted, moment, index)
+        # What the branch takes off leaves rounding, of either sign and as large as what was there.
+        zz.diagonal().add_(_ROUNDING * u.trace())
         columns = columns_of_type(fitted, index)
         if columns is None or not columns.shape[1]:
             zz += u

@@ -367,15 +367,6 @@ def test_calibrate_when_everything_is_skipped() -> None:
         freeact_fx.calibrate(tiny_model(), [masked_ids()], config, progress=False)
 
 
-def test_calibrate_paper_with_one_type() -> None:
-    config = replace(CONFIG, plan="paper", token_types=TokenTypes.explicit("one"), sink=None)
-    message = literally(
-        "calibrate: blocks.0.q", "plan='paper' needs at least two token types", "plan='auto'"
-    )
-    with pytest.raises(ConfigError, match=message):
-        freeact_fx.calibrate(tiny_model(), [masked_ids()], config, progress=False)
-
-
 def test_calibrate_a_branch_without_memory_for_one() -> None:
     config = replace(CONFIG, plan="branch", memory_budget=1)
     message = literally("calibrate: blocks.0.q", "memory_budget=1 leaves no room", "Raise it")

@@ -393,8 +393,10 @@ def test_plans_out_of_reach_are_not_tried() -> None:
 def test_a_plan_without_room_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"linear0: QuantConfig.memory_budget=1.0 leaves no room"):
         fit_group(random_statistics(48, 2, 0, plan="branch", memory_budget=1.0))
-    with pytest.raises(ConfigError, match=r"linear0: QuantConfig.plan='paper' needs at least two"):
-        fit_group(random_statistics(48, 1, 0, plan="paper"))
+    with pytest.raises(
+        ConfigError, match=r"linear0: QuantConfig.plan='paper' has room for 4 token"
+    ):
+        fit_group(random_statistics(32, 5, 0, plan="paper"))
 
 
 # ------------------------------------------------------------------ codes
@@ -457,6 +459,41 @@ def test_gptq_with_channels_that_are_always_zero() -> None:
     scale = weight.abs().amax(1) / 7
     codes = gptq(weight, scale, tokens.t() @ tokens, 0.1)
     assert torch.equal(codes[:, 5:20], (weight / scale[:, None]).round()[:, 5:20].to(torch.int8))
+
+
+def test_gptq_with_an_indefinite_hessian_rounds_to_nearest() -> None:
+    weight = torch.randn(8, 48, generator=torch.Generator().manual_seed(0))
+    scale = weight.abs().amax(1) / 7
+    hessian = torch.eye(48) - torch.ones(48, 48) / 2
+    nearest = (weight / scale[:, None]).round().to(torch.int8)
+    assert torch.equal(gptq(weight, scale, hessian, 0.1), nearest)
+
+
+@settings(max_examples=20)
+@given(
+    st.integers(0, 3),
+    st.integers(1, 40),
+    st.sampled_from([1e-6, 1.0, 1e6]),
+    st.sampled_from(["auto", "branch", "duplicate", "paper", "single"]),
+    SEEDS,
+)
+def test_tokens_of_any_rank_can_be_fitted(
+    rank: int, num_tokens: int, size: float, plan: str, seed: int
+) -> None:
+    """Few tokens, of few directions or none at all, loud or faint."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(number: int) -> Tensor:
+        factor = torch.randn(rank, 48, generator=generator)
+        return size * torch.randn(number, rank, generator=generator) @ factor
+
+    config = config_of(2, plan=plan, memory_budget=2.0)
+    weights = [torch.randn(16, 48, generator=generator)]
+    statistics = statistics_of(config, [tokens(max(num_tokens, 8)), tokens(8)], weights)
+    fitted, _, report = fit_group(statistics)
+    assert fitted.problem() is None
+    errors = report["error"]["linear0"].values()
+    assert all(0 <= error < 2 for error in errors)
 
 
 @pytest.mark.parametrize("label", ["branch", "own branch"])
