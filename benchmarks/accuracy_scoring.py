@@ -102,8 +102,6 @@ def score_folder(folder: Path) -> None:
         checkpoint = Checkpoint.load(folder)
         freeact_fx.convert(model, checkpoint)
         head = take_head_off(model)
-        # Why skip: the backend would quantise, without calibration, what calibration left out.
-        options["skip"] = checkpoint.config.skip
         compiled = torch.compile(model, backend="freeact", dynamic=spec.dynamic, options=options)
         scores = score_sets(compiled, head, test_sets, float_rows)
         report = freeact_fx.explain(compiled)

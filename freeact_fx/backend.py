@@ -21,6 +21,7 @@ from . import compat
 from .bindings import Bindings, LinearPlace
 from .codegen import lowering
 from .config import QuantConfig
+from .convert import FreeActLinear
 from .errors import ConfigError, UnsupportedLinear
 from .options import Options
 from .packing import Packer
@@ -72,7 +73,9 @@ def quantise_graph(
 
     # Which Linears there are, and which may be quantised.
     paths = compat.module_paths(example_inputs)
-    gm = detect_linears(gm, inputs=inputs, config=config, paths=paths)
+    gm = detect_linears(
+        gm, inputs=inputs, config=config, paths=paths, converted=_is_of_converted_model(gm)
+    )
     # Which tokens they see; facts only, so that a rule never meets a half-edited graph.
     gm = annotate_token_types(gm, inputs=inputs, config=config)
     if chosen.dry_run:
@@ -135,6 +138,15 @@ def _compile(
         return gm.forward
     lowering.register()
     return compat.compile_with_inductor(gm, example_inputs, chosen.inductor, digest)
+
+
+def _is_of_converted_model(gm: GraphModule) -> bool:
+    """True if a converted Linear is in the graph, or elsewhere in the model that is being called."""
+    return any(node.target is torch.ops.freeact.linear.default for node in gm.graph.nodes) or any(
+        isinstance(module, FreeActLinear)
+        for root in compat.calling_modules()
+        for module in root.modules()
+    )
 
 
 def _placeholders(gm: GraphModule) -> list[Node]:

@@ -145,23 +145,31 @@ def traced_module() -> torch.nn.Module | None:
     return module if isinstance(module, torch.nn.Module) else None
 
 
-def module_paths(tensors: Iterable[Any]) -> dict[int, str]:
-    """The module path of each parameter or buffer by its id, in the outermost module that is being called.
-
-    After a graph break Dynamo names things from the frame it goes on in: ``qkv``, not ``visual.blocks.0.attn.qkv``.
-    """
-    wanted = {id(t) for t in tensors if isinstance(t, torch.Tensor)}
+def calling_modules() -> list[torch.nn.Module]:
+    """The modules whose methods are running, the outermost first; the last is the one that is traced."""
     callers = []
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_varnames[:1] == ("self",):
             callers.append(frame.f_locals.get("self"))
         frame = frame.f_back
-    for module in [*reversed(callers), traced_module()]:
-        if isinstance(module, torch.nn.Module) and not isinstance(module, OptimizedModule):
-            paths = {key: names[0] for key, names in paths_of(module).items() if key in wanted}
-            if paths:
-                return paths
+    return [
+        module
+        for module in [*reversed(callers), traced_module()]
+        if isinstance(module, torch.nn.Module) and not isinstance(module, OptimizedModule)
+    ]
+
+
+def module_paths(tensors: Iterable[Any]) -> dict[int, str]:
+    """The module path of each parameter or buffer by its id, in the outermost module that is being called.
+
+    After a graph break Dynamo names things from the frame it goes on in: ``qkv``, not ``visual.blocks.0.attn.qkv``.
+    """
+    wanted = {id(t) for t in tensors if isinstance(t, torch.Tensor)}
+    for module in calling_modules():
+        paths = {key: names[0] for key, names in paths_of(module).items() if key in wanted}
+        if paths:
+            return paths
     return {}
 
 

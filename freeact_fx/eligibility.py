@@ -57,3 +57,6 @@ def ineligible_reason(
 
 
 TOWER_REASON = "computes what is merged into the embeddings; set QuantConfig.vision_tower=True"
+LEFT_DENSE_REASON = (
+    "convert left it dense; list it in QuantConfig.include to quantise it without calibration"
+)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from freeact_fx.config import QuantConfig
-from freeact_fx.eligibility import ineligible_reason
+from freeact_fx.eligibility import LEFT_DENSE_REASON, ineligible_reason, matches
 
 from .node_facts import (
     LINEAR_KEY,
@@ -41,11 +41,13 @@ def detect_linears(
     inputs: dict[Node, Any],
     config: QuantConfig,
     paths: Mapping[int, str] | None = None,
+    converted: bool = False,
 ) -> GraphModule:
     """Hang a ``LinearFact`` on every Linear node.
 
-    inputs  the values that placeholders were given
-    paths   module path of a parameter by its id, where it is known better than the graph tells
+    inputs     the values that placeholders were given
+    paths      module path of a parameter by its id, where it is known better than the graph tells
+    converted  the graph is of a model with converted Linears; then dense ones were left so on purpose
     """
     tables = _embedding_tables(gm, inputs)
     for node in gm.graph.nodes:
@@ -56,6 +58,8 @@ def detect_linears(
             weight = tensor_of(gm, fact.weight, inputs)
             tied = fact.weight in tables or any(weight is t for t in tables.values())
             fact.refusal = _refusal(fact, weight, tied, config)
+            if fact.refusal is None and converted and not matches(fact.name, config.include):
+                fact.refusal = LEFT_DENSE_REASON
         node.meta[LINEAR_KEY] = fact
     gm.meta[LINEARS_KEY] = [fact for _, fact in linears_of(gm)]
     gm.graph.lint()

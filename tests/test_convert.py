@@ -86,6 +86,20 @@ def test_checkpoint_replaces_exactly_its_linears(calibrated: Checkpoint) -> None
     assert names == LINEARS[7:]
 
 
+def test_what_convert_left_dense_stays_dense_when_compiled() -> None:
+    """Unless ``include`` names it."""
+    model = tiny_model()
+    freeact_fx.convert(model, replace(PLAIN, skip=("lm_head", "blocks.0.*")))
+    options = {"compiler": "eager"}
+    rows = freeact_fx.explain(model, masked_ids(), options=options).linears
+    left = {row.name: row.reason for row in rows if row.name.startswith("blocks.0")}
+    assert len(left) == 7
+    assert all(str(reason).startswith("convert left it dense") for reason in left.values())
+    options |= {"include": ("blocks.0.o",)}
+    rows = freeact_fx.explain(model, masked_ids(), options=options).linears
+    assert [row.name for row in rows if row.reason is None] == ["blocks.0.o", *LINEARS[7:]]
+
+
 def test_groups_share_one_transform(calibrated: Checkpoint) -> None:
     model = tiny_model()
     freeact_fx.convert(model, calibrated)
