@@ -29,7 +29,8 @@ class QuantConfig:
     """Per group: "single", "shift", "paper", "duplicate", "branch", or "auto" (the best of those that were
     calibrated; without a checkpoint "single")."""
     memory_budget: float = 1.1
-    """Storage that "auto" may use, as a multiple of the packed weights under plan "single"."""
+    """Storage that a group may use, as a multiple of its packed codes under plan "single": "duplicate" takes one for
+    each type, and a branch has as many columns as there is room for. Tables by type (bias, shift) are not counted."""
     branch_rank: int = 32
     """Columns of the 8-bit low-rank branch (per type if own, in all if shared)."""
     include: tuple[str, ...] = ()

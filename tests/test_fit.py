@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_model import MASK, masked_ids, relative, tiny_model
 from torch import Tensor
 
+import freeact_fx
 from freeact_fx.config import QuantConfig
 from freeact_fx.errors import ConfigError
 from freeact_fx.fit import fit_group
@@ -397,6 +400,33 @@ def test_a_plan_without_room_is_refused() -> None:
         ConfigError, match=r"linear0: QuantConfig.plan='paper' has room for 4 token"
     ):
         fit_group(random_statistics(32, 5, 0, plan="paper"))
+
+
+# ------------------------------------------------------------------ in a model
+
+
+@pytest.mark.parametrize(("plan", "bound"), [("duplicate", 0.2), ("branch", 0.2), ("paper", 2.0)])
+def test_a_calibrated_plan_in_a_model(plan: str, bound: float, tmp_path: Path) -> None:
+    """Through save and load: exact without rounding, but for what ``paper`` drops; near with it."""
+    model, ids = tiny_model(), masked_ids(8, 32, seed=9)
+    config = QuantConfig(
+        token_types=TokenTypes.mask_token(MASK), plan=plan, memory_budget=1.5, sample_tokens=64
+    )
+    batches = [masked_ids(8, 32, seed=seed) for seed in range(4)]
+    freeact_fx.calibrate(model, batches, config, progress=False).save(tmp_path)
+    checkpoint = freeact_fx.Checkpoint.load(tmp_path)
+    assert {t.plan for t in checkpoint.groups.values()} == {plan}
+    for group in checkpoint.statistics.values():
+        assert all(p["measured"] is not None for p in group["plans"].values())
+        assert set(group["error"]) == set(group["predicted"])
+    options = {"compiler": "eager", "checkpoint": checkpoint}
+    with torch.no_grad():
+        want = model(ids)
+        exact = torch.compile(model, backend="freeact", options={**options, "quantize": False})(ids)
+        torch._dynamo.reset()
+        got = torch.compile(model, backend="freeact", options=options)(ids)
+    assert relative(exact, want) < (bound if plan == "paper" else 1e-4)
+    assert relative(got, want) < bound
 
 
 # ------------------------------------------------------------------ codes
