@@ -86,12 +86,12 @@ def with_branch(
     generator = torch.Generator().manual_seed(moments.statistics.config.seed)
     if own:
         own_rank = rank // num_types
-        columns = []
+        by_type = []
         for index in range(num_types):
             moment = moments.shrunk(index, fitted.num_features, centred=True)
             joint = transformed_moment(fitted, moment, index)
-            columns.append(strongest_directions(joint, own_rank, generator))
-        lowrank = branch_codes(torch.cat(columns, 1))
+            by_type.append(strongest_directions(joint, own_rank, generator))
+        lowrank = branch_codes(torch.cat(by_type, 1))
         return replace(fitted, plan="branch", lowrank=lowrank, own_rank=own_rank)
     c = transformed_moment(fitted, moments.mixture(centred=True), 0)
     g = transformed_gram(fitted, moments.gram)

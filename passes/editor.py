@@ -100,12 +100,15 @@ class Editor:
         constant = constant_size(size)
         if constant is not None:
             return constant
+        assert isinstance(size, torch.SymInt)
         placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
         symbols = {}
         for symbol, (position, dim) in Sizes(self.gm).places.items():
             if symbol in size.node.expr.free_symbols:
                 node = placeholders[position]
-                symbols[symbol] = torch.fx.Proxy(node if dim is None else self.size(node, dim))
+                if dim is not None:
+                    node = self.call(aten.sym_size.int, node, dim)
+                symbols[symbol] = torch.fx.Proxy(node)
         result: Node = sympy_interp(PythonReferenceAnalysis, symbols, size.node.expr).node
         self._set_size(result)
         return result
@@ -115,6 +118,7 @@ class Editor:
         if value_of(node) is None:
             for argument in node.all_input_nodes:
                 self._set_size(argument)
+            assert callable(node.target)
             set_value(node, node.target(*torch.fx.node.map_arg(node.args, value_of)))
 
     def placeholder(self, name: str, value: Tensor, feed: tuple[Any, ...]) -> Node:
