@@ -212,12 +212,14 @@ def refitted(weight: Tensor, hessian: Tensor, noise: float) -> tuple[Tensor, Ten
     """
     if noise < 1e-3:
         return weight, hessian
+    spread = noise * hessian.diagonal().mean().clamp_min(1e-30)
     noisy = hessian.clone()
-    noisy.diagonal().add_(noise * hessian.diagonal().mean().clamp_min(1e-30))
+    noisy.diagonal().add_(spread)
     factor, failed = torch.linalg.cholesky_ex(noisy)
     if bool(failed):
         return weight, hessian
-    target = torch.cholesky_solve(hessian @ weight.t(), factor).t() / (1 - noise)
+    # W H (H + D)^-1 = W - W D (H + D)^-1
+    target = (weight - spread * torch.cholesky_solve(weight.t(), factor).t()) / (1 - noise)
     return target.contiguous(), noisy
 
 
