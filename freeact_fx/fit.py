@@ -54,8 +54,9 @@ def fit_group(
 
     All candidates are fitted, to moments without the held-out tokens, and ordered by their predicted error. The first
     ``QuantConfig.plans_measured`` of them are rounded to nearest and measured on the held-out tokens, which ranks them
-    as GPTQ would at a fraction of the time. The best one, refined if ``refine_steps`` says so, and ``single`` then get
-    their codes alike, and the better of the two is kept: so ``auto`` is never worse than ``single`` on those tokens.
+    as GPTQ would at a fraction of the time. The best one and ``single`` are then treated alike, refined (if
+    ``refine_steps`` says so) and given their codes, and the better of the two is kept: so ``auto`` is never worse than
+    ``single`` on those tokens.
 
     Returns the transform, the packed Linears in the order of ``statistics.names``, and what the checkpoint keeps:
     ``predicted`` and ``error`` (measured) by Linear and type, and ``plans``, for each both as means, to nearest.
@@ -80,14 +81,15 @@ def fit_group(
     tried = [round_(clipped(c), by_gptq=False) for c in candidates[: config.plans_measured]]
     best = min(tried, key=lambda m: m.error)
     finalists = [best]
-    refined = refine(best.candidate.fitted, moments.statistics)
-    if refined is not best.candidate.fitted:
-        candidate = _candidate(best.candidate.label, refined, moments)
-        finalists.append(round_(candidate, by_gptq=False))
     if config.plan == "auto" and best.candidate.label != "single":
         finalists += [m for m in tried if m.candidate.label == "single"] or [
             round_(clipped(c), by_gptq=False) for c in candidates if c.label == "single"
         ]
+    for label, fitted in [(m.candidate.label, m.candidate.fitted) for m in finalists]:
+        refined = refine(fitted, moments.statistics)
+        if refined is not fitted:
+            candidate = _candidate(label, refined, moments)
+            finalists.append(round_(candidate, by_gptq=False))
     if config.gptq:
         finalists += [round_(m.candidate, by_gptq=True) for m in finalists]
     best = min(finalists, key=lambda m: m.error)

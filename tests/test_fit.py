@@ -381,6 +381,19 @@ def test_auto_is_never_worse_than_single(
     assert sum(linear.weight.nbytes for linear in packed) + branch <= budget * codes
 
 
+def test_auto_is_never_worse_than_single_refined() -> None:
+    """Types without means of their own: shift is no better to begin with, and refinement decides."""
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        spectrum = (1 + torch.arange(48)) ** -0.5
+        tokens = [torch.randn(300, 48, generator=generator) * spectrum for _ in range(2)]
+        config = config_of(2, refine_steps=20, memory_budget=1.0, seed=seed)
+        statistics = statistics_of(config, tokens, [torch.randn(24, 48, generator=generator)])
+        auto = mean_error(fit_group(statistics)[2]["error"])
+        statistics.config = replace(config, plan="single")
+        assert auto <= mean_error(fit_group(statistics)[2]["error"])
+
+
 def test_plans_out_of_reach_are_not_tried() -> None:
     def labels(num_types: int, **fields: Any) -> set[str]:
         return set(fit_group(random_statistics(48, num_types, 0, **fields))[2]["plans"])
