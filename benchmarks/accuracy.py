@@ -12,7 +12,8 @@ torch.compile(backend="freeact") and score on integer codes. `accuracy_methods.p
 
 A row goes to the work file (`--parts`) as soon as it is measured, and a later run skips what is
 there: same row, sizes and compiler, same source of the package and of the row. So a run can be
-killed, or split over machines and its work files given together.
+killed, or split over processes or machines (`--shard`, each with a work file of its own) and the
+work files given together.
 """
 
 from __future__ import annotations
@@ -293,6 +294,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--compiler", choices=("inductor", "eager"), help="eager: the passes without Inductor")
     add("--cache", type=Path, default=CACHE, help="of base models and the float models' rows")
     add("--parts", type=Path, nargs="+", help="work files; the first is appended to")
+    add("--shard", default="0/1", metavar="I/N", help="measure every N-th row only, from I on")
     add("--any-source", action="store_true", help="sum up rows of older code too")
     add("--keep-checkpoints", type=Path, help="folder; default: they are deleted once scored")
     add("--out", type=Path, help="JSON file")
