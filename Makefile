@@ -57,5 +57,5 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
-	$(PIP) install --editable ".[hf,cli,test]"
+	$(PIP) install --editable ".[hf,cli,bench,test]"
 	touch $@

@@ -155,7 +155,6 @@ def test_document_keeps_what_is_outside_the_marks(tmp_path: Path) -> None:
 
 
 def test_plot_is_a_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     plot(summarise(DLLM, {}), tmp_path / "new" / "plot.png")
     assert (tmp_path / "new" / "plot.png").read_bytes().startswith(b"\x89PNG")
 
