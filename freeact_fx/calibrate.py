@@ -28,15 +28,13 @@ from .checkpoint import Checkpoint, PackedEntry, fingerprint
 from .config import QuantConfig
 from .errors import ConfigError
 from .fit import fit_group
+from .moments import FEW_TOKENS
 from .observe import fit_cost, observed
 from .progress import Progress
 from .resume import RunFolder
 from .spool import Batches
 from .statistics import GroupStatistics
 from .transform import PackedLinear
-
-# A token type of which fewer tokens were seen is reported as rare.
-FEW_TOKENS = 8
 
 
 def calibrate(

@@ -17,8 +17,8 @@ from .transform import GroupTransform, illegal_features_reason, kronecker_shape
 
 # Added to a centred moment's diagonal, as a part of what it was about zero.
 _FLOOR = 1e-5
-# A type of fewer tokens has no slice or branch columns fitted to it.
-_MIN_TOKENS_FOR_OWN = 8
+# A token type of which fewer tokens were seen is rare: it has no slice or branch columns fitted to it.
+FEW_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class GroupMoments:
 
     def is_rare(self, index: int) -> bool:
         """Whether too few tokens of a type were seen to fit anything to it alone."""
-        return float(self.statistics.count[index]) < _MIN_TOKENS_FOR_OWN
+        return float(self.statistics.count[index]) < FEW_TOKENS
 
     def slices(self) -> tuple[list[int], tuple[int, ...]]:
         """For plans with a slice per type: the type each slice is made for, and ``slice_of_type``. A rare type shares

@@ -105,7 +105,7 @@ class Runner:
                 f"token_types(types): the tokens of {self.label} have shape {list(shape)}, "
                 f"types has {list(types.shape)}. Give one type per token of this call."
             )
-        version = 0 if types.is_inference() else types._version
+        version = _version(types)
         if _checked.get(types) != version:
             check_type_range(types, self.config.type_names)
             _checked[types] = version
