@@ -12,9 +12,17 @@ import baselines
 import pytest
 import torch
 from decoder_layers import decoder_blocks, rebatched
-from tiny_model import GROUPS, LINEARS, MASK, TinyModel, masked_ids, relative, tiny_model
+from tiny_model import (
+    GROUPS,
+    LINEARS,
+    MASK,
+    TinyModel,
+    masked_ids,
+    relative,
+    tiny_llama,
+    tiny_model,
+)
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import freeact_fx
 from freeact_fx import Checkpoint, QuantConfig, TokenTypes
@@ -38,19 +46,6 @@ def model_with_outliers() -> TinyModel:
             block.mlp_norm.weight[[5, 29]] *= 10
             block.down.weight *= 2 ** torch.randn(96)
     return model
-
-
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
@@ -110,7 +105,7 @@ def test_checkpoint_has_the_groups_of_calibrate_and_goes_through_disk(
 
 @pytest.mark.parametrize("method", OWN)
 def test_hugging_face_model_is_left_as_it_was(method: str) -> None:
-    model = llama()
+    model = tiny_llama()
     before = copy.deepcopy(model.state_dict())
     checkpoint = METHODS[method](model, BATCHES[:2], CONFIG, progress=False)
     assert error(model, checkpoint) < 0.5
@@ -185,7 +180,7 @@ def test_random_signs() -> None:
 # ------------------------------------------------------------------ decoder layers
 
 
-@pytest.mark.parametrize("make", [tiny_model, llama])
+@pytest.mark.parametrize("make", [tiny_model, tiny_llama])
 def test_layers_one_by_one_are_the_model(make: Callable[[], nn.Module]) -> None:
     model = make()
     seen: list[Tensor] = []

@@ -15,9 +15,17 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_model import GROUPS, LINEARS, MASK, TinyModel, masked_ids, relative, tiny_model
+from tiny_model import (
+    GROUPS,
+    LINEARS,
+    MASK,
+    TinyModel,
+    masked_ids,
+    relative,
+    tiny_llama,
+    tiny_model,
+)
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import freeact_fx
 from freeact_fx import Checkpoint, ConfigError, QuantConfig, TokenType, TokenTypes
@@ -90,26 +98,12 @@ def error_of(checkpoint: Checkpoint, group: str) -> float:
     return sum(sum(e.values()) / len(e) for e in by_linear) / len(by_linear)
 
 
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
 # ------------------------------------------------------------------ statistics
 
 
 def test_statistics_are_those_of_the_tokens(fitted: dict[str, Any]) -> None:
     """Batches of several sizes, so that the graph is compiled again on the way."""
-    model = llama()
+    model = tiny_llama()
     batches = [masked_ids(2, 16, seed=1), masked_ids(3, 16, seed=2), masked_ids(1, 9, seed=3)]
     config = replace(CONFIG, plan="shift")
     checkpoint = calibrate(model, batches, config)
@@ -145,7 +139,7 @@ def test_statistics_are_those_of_the_tokens(fitted: dict[str, Any]) -> None:
 
 def test_recorded_errors_are_those_of_the_converted_linears(fitted: dict[str, Any]) -> None:
     """What was measured on the sample is what the converted Linears do to the same tokens."""
-    model = llama()
+    model = tiny_llama()
     checkpoint = calibrate(model, [masked_ids(4, 16, seed=1), masked_ids(4, 16, seed=2)])
     converted = copy.deepcopy(model)
     freeact_fx.convert(converted, checkpoint)
@@ -219,7 +213,7 @@ def test_shared_block_counts_each_pass() -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_left_out(side: str, fitted: dict[str, Any]) -> None:
     """Sequences filled up to one length give the statistics that they give one by one."""
-    model, lengths = llama(), (16, 9, 12)
+    model, lengths = tiny_llama(), (16, 9, 12)
     rows = [masked_ids(1, n, seed=n) for n in lengths]
     ids, attended = torch.full((3, 16), 7), torch.zeros(3, 16, dtype=torch.int64)
     for index, row in enumerate(rows):

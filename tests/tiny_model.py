@@ -67,3 +67,20 @@ def masked_ids(batch: int = 2, length: int = 16, *, seed: int = 0) -> Tensor:
 def relative(got: Tensor, want: Tensor) -> float:
     """Relative distance of two tensors."""
     return float((got.float() - want.float()).norm() / want.float().norm())
+
+
+def tiny_llama() -> nn.Module:
+    """A Hugging Face model as small, causal; the same one each time."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).eval()
