@@ -127,7 +127,7 @@ def observe_graph(
         return observer([(f, *p) for f, p in zip(linears, parameters, strict=True)])
 
     gm = insert_observers(gm, inputs=inputs, config=config, observer=of_group)
-    bindings = Bindings([], GraphRecord([], ()), Packer(config, None), config, compat.module_paths)
+    bindings = Bindings([], GraphRecord([], {}, config), Packer(config, None), config, compat.module_paths)
     return Runner(gm.forward, gm.forward, gm.meta[TRAILING_KEY], bindings, config, _label(gm))
 
 

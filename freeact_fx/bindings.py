@@ -125,14 +125,19 @@ class Bindings:
                         replace(
                             row,
                             name=renamed[row.name],
-                            group=tuple(renamed[member] for member in row.group),
+                            group=renamed.get(row.group, ""),
                             reason=row.reason or binding.problem,
                         ),
                         ref,
                     )
                     for row, ref in zip(rows, refs, strict=True)
                 ],
-                self.report.type_names,
+                {
+                    renamed[group]: tuple(renamed[name] for name in names)
+                    for group, names in self.report.members.items()
+                },
+                self.report.config,
+                self.report.label,
             )
         )
         if binding.problem is not None:

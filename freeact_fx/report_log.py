@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import weakref
 from collections import deque
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from .eligibility import TOWER_REASON, matches
 from .packing import Packer
 from .passes.node_facts import LinearFact, facts_of, tensor_of, value_of
 from .reference import CODES_PER_WORD
-from .report import LinearReport, Report
+from .report import GraphReport, GroupReport, LinearReport, Report
 from .transform import GroupTransform, PackedLinear
 
 # Graphs compiled in this process, oldest first. Weights are held weakly.
@@ -30,24 +31,29 @@ class GraphRecord:
     """The Linears of one compiled graph, each with a weak reference to its weight."""
 
     linears: list[tuple[LinearReport, weakref.ref[Tensor] | None]]
-    type_names: tuple[str, ...]
+    members: dict[str, tuple[str, ...]]
+    config: QuantConfig
+    label: str = ""
 
     @staticmethod
     def of(
         gm: GraphModule, inputs: dict[Node, Any], config: QuantConfig, packer: Packer
     ) -> GraphRecord:
         facts = facts_of(gm)
-        groups: dict[Any, list[str]] = {}
-        for linear in facts:
-            if linear.refusal is None:
-                groups.setdefault(_group_key(linear), []).append(linear.name)
         rows: list[tuple[LinearReport, weakref.ref[Tensor] | None]] = []
         for linear in facts:
             weight = tensor_of(gm, linear.weight, inputs)
             row = _row(linear, weight, config, packer)
-            row.group = tuple(groups.get(_group_key(linear), ())) if row.quantized else ()
             rows.append((row, None if weight is None else weakref.ref(weight)))
-        return GraphRecord(rows, config.type_names)
+        groups: dict[Any, list[str]] = {}
+        for linear, (row, _) in zip(facts, rows, strict=True):
+            if row.quantized:
+                groups.setdefault(_group_key(linear), []).append(row.name)
+        members = {names[0]: tuple(names) for names in groups.values()}
+        for row, _ in rows:
+            row.group = next((g for g, names in members.items() if row.name in names), "")
+        label = f"the graph with {facts[0].name}" if facts else "a graph without Linears"
+        return GraphRecord(rows, members, config, label)
 
     def unexpected(self, config: QuantConfig) -> list[LinearReport]:
         """Linears left alone that the user did not leave out himself."""
@@ -166,9 +172,9 @@ def model_report(model: nn.Module, graphs: list[GraphRecord]) -> Report:
     Weights are matched by identity, so the names are the model's whatever frame Dynamo saw them in.
     """
     paths = paths_of(model)
+    report = Report(model=_model_facts(model), environment=_environment(model))
     rows: dict[str, LinearReport] = {}
-    type_names: tuple[str, ...] = ()
-    used = 0
+    groups: dict[str, GroupReport] = {}
     for graph in graphs:
         # A weight that is gone belonged to another model, or to this one before it was changed.
         alive = [(row, None if weight is None else weight()) for row, weight in graph.linears]
@@ -176,30 +182,65 @@ def model_report(model: nn.Module, graphs: list[GraphRecord]) -> Report:
         if not mine and any(weight is not None for _, weight in graph.linears):
             continue
         mine += [(row, [row.name]) for row, weight in graph.linears if weight is None]
+        if not mine:
+            continue
+        index = len(report.graphs)
         aliases = {row.name: names for row, names in mine}
+        members = {
+            aliases.get(group, [group])[0]: tuple(
+                n for name in names for n in aliases.get(name, [name])
+            )
+            for group, names in graph.members.items()
+        }
         for row, names in mine:
-            group = tuple(n for member in row.group for n in aliases.get(member, [member]))
+            group = aliases.get(row.group, [row.group])[0]
             for name in names:
-                seen = rows[name].graphs if name in rows else 0
-                rows[name] = replace(row, name=name, group=group, graphs=seen + 1)
-        if mine:
-            used += 1
-            type_names = graph.type_names
-    ordered: list[LinearReport] = []
+                seen = rows[name].graphs if name in rows else ()
+                rows[name] = replace(row, name=name, group=group, graphs=(*seen, index))
+        for group, names in members.items():
+            groups[group] = GroupReport(group, names, plan=rows[group].plan)
+        linears = tuple(name for _, names in mine for name in names)
+        report.graphs.append(GraphReport(index, graph.label, linears))
+        report.config, report.type_names = graph.config.to_dict(), graph.config.type_names
     for name, module in model.named_modules():
         if name in rows:
-            ordered.append(rows.pop(name))
+            report.linears.append(rows.pop(name))
         elif isinstance(module, nn.Linear) or type(module).__name__ == "FreeActLinear":
             shape = (int(module.out_features), int(module.in_features))
             dtype = getattr(getattr(module, "weight", None), "dtype", torch.float32)
-            ordered.append(
+            report.linears.append(
                 LinearReport(
                     name,
                     shape,
                     precision=str(dtype).removeprefix("torch."),
                     reason="no graph has it: these inputs do not reach it, or its module calls its weight itself",
-                    graphs=0,
                 )
             )
-    ordered += rows.values()
-    return Report(ordered, type_names, used)
+    report.linears += rows.values()
+    used = {row.group for row in report.linears}
+    report.groups = [group for name, group in groups.items() if name in used]
+    return report
+
+
+def _model_facts(model: nn.Module) -> dict[str, Any]:
+    return {
+        "class": type(model).__name__,
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def _environment(model: nn.Module) -> dict[str, Any]:
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), "cpu")
+    return {
+        "freeact_fx": _version("freeact-fx"),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "device": str(device),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -56,7 +56,8 @@ def test_the_whole_walk(tmp_path: Path) -> None:
     }
     query = report["blocks.0.q"]
     assert query.precision == "W4A4"
-    assert query.group == GROUPS[0]
+    assert [group.members for group in report.groups] == GROUPS
+    assert query.group == GROUPS[0][0]
     assert "63" in query.type_source
     assert report["lm_head"].reason == "listed in QuantConfig.skip ['lm_head']"
 

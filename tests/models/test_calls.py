@@ -336,7 +336,7 @@ def test_explain_lists_every_linear_once(name: str, checks: bool) -> None:
     assert set(listed.values()) == {1}
     unseen = [r.name for r in report.linears if r.reason and r.reason.startswith("no graph has it")]
     assert unseen == (["model.vision_tower.head.attention.out_proj"] if name == "gemma3" else [])
-    groups = {r.group for r in report.quantized}
+    groups = [group.members for group in report.groups]
     assert all(n in linears for group in groups for n in group)
     assert sum(len(group) for group in groups) == len(report.quantized)
 

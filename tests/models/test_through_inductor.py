@@ -32,7 +32,7 @@ def test_a_diffusion_model_with_types_of_its_own_at_two_lengths() -> None:
     model = build("bidirectional")
     config = QuantConfig(token_types=MASKED, clip_search=False)
     report = freeact_fx.explain(model, text_ids(2, 16), options={"token_types": MASKED})
-    groups = list(dict.fromkeys(r.group for r in report.quantized))
+    groups = [group.members for group in report.groups]
     checkpoint = random_checkpoint("shift", groups, model, config)
     calls = [
         {"input_ids": text_ids(2, length, masked=masked, seed=length)}
@@ -56,7 +56,7 @@ def test_a_picture_model_in_several_graphs() -> None:
     config = QuantConfig(clip_search=False)
     with checks_of_transformers(True):
         report = freeact_fx.explain(model, **calls[0])
-        groups = list(dict.fromkeys(r.group for r in report.quantized))
+        groups = [group.members for group in report.groups]
         checkpoint = random_checkpoint("shift", groups, model, config)
         eager = run(model, "eager", calls, checkpoint=checkpoint)
         fused = run(model, "inductor", calls, checkpoint=checkpoint)

@@ -297,7 +297,7 @@ def test_every_layer_that_shares_a_graph_is_explained_and_calibrated() -> None:
     given = torch.zeros(2, 40, dtype=torch.int32)
     names = ["layers.0.fc", "layers.1.fc", "layers.2.fc"]
     assert [r.name for r in report.quantized] == names
-    assert [r.group for r in report.quantized] == [(name,) for name in names]
+    assert [g.members for g in report.groups] == [(name,) for name in names]
     with freeact_fx.token_types(given):
         checkpoint = freeact_fx.calibrate(model, [x], TWO, progress=False)
     assert sorted(checkpoint.linears) == names
