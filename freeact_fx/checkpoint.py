@@ -203,7 +203,7 @@ class Checkpoint:
                     "type_names": list(self.config.type_names),
                     **self._structure(),
                     "statistics": self.statistics,
-                    "sha256": _sha256(folder / "model.safetensors"),
+                    "sha256": sha256_of(folder / "model.safetensors"),
                 },
             }
         }
@@ -230,7 +230,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{file}: truncated or damaged ({error}). Copy it again."
             ) from error
-        if _sha256(file) != meta["sha256"]:
+        if sha256_of(file) != meta["sha256"]:
             raise CheckpointError(
                 f"{file}: its SHA-256 is not the one in config.json: damaged, or the two files are of "
                 f"different checkpoints. Copy both again."
@@ -262,7 +262,7 @@ def update_digest(digest: hashlib._Hash, tensor: Tensor) -> None:
         digest.update((ctypes.c_char * held.nbytes).from_address(held.data_ptr()))
 
 
-def _sha256(file: Path) -> str:
+def sha256_of(file: Path) -> str:
     with file.open("rb") as stream:
         digest = hashlib.sha256()
         while block := stream.read(1 << 20):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, fingerprint
 from .config import QuantConfig
 from .eligibility import TOWER_REASON, ineligible_reason, is_tower_name, matches
 from .errors import CheckpointError, ConfigError, UnsupportedLinear
@@ -29,10 +30,16 @@ class _FixedDtype(nn.Module):
 
 
 class GroupTransformModule(_FixedDtype):
-    """A group's transform as buffers; shared by the group's Linears, so the state dict names it under each of them."""
+    """A group's transform as buffers; shared by the group's Linears, so the state dict names it under each of them.
 
-    def __init__(self, transform: GroupTransform) -> None:
+    ``statistics`` is what calibration measured of the group, as in ``Checkpoint.statistics``.
+    """
+
+    def __init__(
+        self, transform: GroupTransform, statistics: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__()
+        self.statistics = dict(statistics or {})
         for name in ("shift", "channel_scale", "left", "right", "clip", "lowrank"):
             self.register_buffer(name, getattr(transform, name))
         self.plan = transform.plan
@@ -46,11 +53,16 @@ class FreeActLinear(_FixedDtype):
     """A converted Linear: [..., K] to [..., N]. Its forward is one op, which the backend takes apart.
 
     In eager mode it runs the reference, with the types of an enclosing ``freeact_fx.token_types``; without one (or
-    with one of another shape) it uses the default type and warns once if there are others.
+    with one of another shape) it uses the default type and warns once if there are others. ``fingerprint`` is that of
+    the dense weight it was made from.
     """
 
     def __init__(
-        self, transform: GroupTransformModule, packed: PackedLinear, config: QuantConfig
+        self,
+        transform: GroupTransformModule,
+        packed: PackedLinear,
+        config: QuantConfig,
+        fingerprint: tuple[float, float, float],
     ) -> None:
         super().__init__()
         self.transform = transform
@@ -61,6 +73,7 @@ class FreeActLinear(_FixedDtype):
         self.register_buffer("branch_scale", packed.branch_scale)
         self.in_features = transform.num_features
         self.out_features = packed.weight.shape[0]
+        self.config, self.fingerprint = config, fingerprint
         self.qmax = config.qmax
         self.types = config.types_json
         self.type_names = config.type_names
@@ -122,7 +135,8 @@ def _dense_weight(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
 def convert(model: nn.Module, source: Checkpoint | QuantConfig | None = None) -> dict[str, str]:
     """Replace Linears by ``FreeActLinear``, in place and one at a time: the peak is one dense weight above the result.
 
-    source  a Checkpoint: exactly its Linears are replaced, with its packed weights.
+    source  a Checkpoint: exactly its Linears are replaced, with its packed weights; on the CPU where a dense weight
+            is on the meta device.
             A QuantConfig (or None: the default one): data-free, every Linear that may be quantised.
 
     Returns the Linears that were left alone, each with its reason. A weight tied to an embedding stays unless it is
@@ -171,7 +185,7 @@ def convert(model: nn.Module, source: Checkpoint | QuantConfig | None = None) ->
         if key not in transforms:
             transforms[key] = GroupTransformModule(transform)
         packed = pack_linear(transform, weight, bias, config)
-        _replace(model, name, FreeActLinear(transforms[key], packed, config))
+        _replace(model, name, FreeActLinear(transforms[key], packed, config, fingerprint(weight)))
     return left
 
 
@@ -196,13 +210,16 @@ def _convert_from(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
         dense = _dense_weight(modules[name])
         assert dense is not None
         device = dense[0].device
+        if device.type == "meta":
+            device = torch.device("cpu")
         if entry.group not in groups:
             transform = copy.deepcopy(checkpoint.groups[entry.group]).to(device)
-            groups[entry.group] = GroupTransformModule(transform)
+            statistics = checkpoint.statistics.get(entry.group)
+            groups[entry.group] = GroupTransformModule(transform, statistics)
         # Copies: load_state_dict writes into buffers, and must not write into the checkpoint.
         operands = {n: t.to(device, copy=True) for n, t in entry.packed.tensors().items()}
         packed = PackedLinear(**operands)
-        linear = FreeActLinear(groups[entry.group], packed, checkpoint.config)
+        linear = FreeActLinear(groups[entry.group], packed, checkpoint.config, entry.fingerprint)
         _replace(model, name, linear)
     return {
         name: "not in the checkpoint"

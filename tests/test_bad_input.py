@@ -26,7 +26,7 @@ from freeact_fx import (
     TokenTypes,
     UnsupportedLinear,
 )
-from freeact_fx.checkpoint import _sha256
+from freeact_fx.checkpoint import sha256_of
 from freeact_fx.reference import unpack_int4
 
 TYPES = TokenTypes.mask_token(MASK)
@@ -468,7 +468,7 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None
     tensors = load_file(folder / "model.safetensors")
     edit(tensors)
     save_file(tensors, folder / "model.safetensors")
-    digest = _sha256(folder / "model.safetensors")
+    digest = sha256_of(folder / "model.safetensors")
     edit_json(folder, lambda meta: meta.update(sha256=digest))
 
 
