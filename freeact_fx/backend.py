@@ -28,7 +28,13 @@ from .packing import Packer
 from .passes.annotate import annotate_token_types
 from .passes.detect import detect_linears
 from .passes.editor import TrailingInputs
-from .passes.insert import TRAILING_KEY, LinearOperands, insert_freeact_ops, insert_observers
+from .passes.insert import (
+    TRAILING_KEY,
+    LinearOperands,
+    insert_freeact_ops,
+    insert_observers,
+    use_reference_product,
+)
 from .passes.node_facts import LinearFact, facts_of, tensor_of, value_of
 from .report_log import GraphRecord, record
 from .runner import Runner
@@ -86,6 +92,8 @@ def quantise_graph(
     gm = insert_freeact_ops(
         gm, inputs=inputs, config=config, operands=_operands_of(gm, inputs, packer)
     )
+    if "engine" in chosen.bypass:
+        use_reference_product(gm)
     report = GraphRecord.of(gm, inputs, config, packer)
     record(report)
     if config.strict:

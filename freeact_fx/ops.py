@@ -155,6 +155,17 @@ def _(codes, weight):  # type: ignore[no-untyped-def]
     return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=torch.float32)
 
 
+@torch.library.custom_op("freeact::int_mm_reference", mutates_args=())
+def int_mm_reference(codes: Tensor, weight: Tensor) -> Tensor:
+    """``int_mm`` without an engine, on any device: what ``options={"bypass": ("engine",)}`` runs."""
+    return int_mm._init_fn(codes, weight)
+
+
+@int_mm_reference.register_fake
+def _(codes, weight):  # type: ignore[no-untyped-def]
+    return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=torch.float32)
+
+
 # Packed weight -> (its version, oneDNN's copy, two small constants). Weak: the copy goes when the packed weight goes.
 _onednn_weights: WeakIdKeyDictionary = WeakIdKeyDictionary()
 

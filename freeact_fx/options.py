@@ -17,6 +17,7 @@ from .config import QuantConfig
 from .errors import ConfigError, nearest_name
 
 COMPILERS = ("inductor", "eager")
+STAGES = ("passes", "lowering", "engine")
 
 
 @dataclass(frozen=True)
@@ -25,27 +26,38 @@ class Options:
 
     config      the fields of ``QuantConfig`` that were given, over the checkpoint's, over the defaults
     checkpoint  a Checkpoint, or the path of one
-    enabled     False: the graph goes to the compiler as it is
+    bypass      stages of ``STAGES`` to go around, to see whose fault an error is:
+
+                "passes"    the graph goes to the compiler as it is; also said as ``enabled=False``
+                "lowering"  what the passes made runs eagerly, without Inductor; also said as ``compiler="eager"``
+                "engine"    the integer product is the reference's (fp64), not the engine's
+
     dry_run     True: report what would happen, change nothing
-    compiler    "inductor", or "eager": the passes without Inductor, for tests and debugging
     mode        as in ``torch.compile(mode=...)``, which torch does not allow beside ``options=``
     inductor    Inductor's own options
     """
 
     config: QuantConfig
     checkpoint: Checkpoint | None = None
-    enabled: bool = True
+    bypass: tuple[str, ...] = ()
     dry_run: bool = False
-    compiler: str = "inductor"
     inductor: dict[str, Any] = field(default_factory=dict)
     types_given: bool = False
+
+    @property
+    def enabled(self) -> bool:
+        return "passes" not in self.bypass
+
+    @property
+    def compiler(self) -> str:
+        return "eager" if "lowering" in self.bypass else "inductor"
 
     @staticmethod
     def parse(mode: str | None, options: Mapping[str, Any] | None) -> Options:
         """Check the names and values; raises ConfigError with the nearest valid name."""
         given = dict(options or {})
         config_fields = {f.name for f in fields(QuantConfig)}
-        own = {"checkpoint", "enabled", "dry_run", "compiler", "mode", "inductor"}
+        own = {"checkpoint", "enabled", "dry_run", "compiler", "mode", "inductor", "bypass"}
         for key in given:
             if key not in config_fields | own:
                 raise ConfigError(
@@ -68,11 +80,7 @@ class Options:
         if (unknown := compat.unknown_inductor_option(inductor)) is not None:
             hint = nearest_name(unknown, compat.known_inductor_options())
             raise ConfigError(f"options['inductor']: unknown key {unknown!r}.{hint[:200]}")
-        compiler = given.get("compiler", "inductor")
-        if compiler not in COMPILERS:
-            raise ConfigError(
-                f"options['compiler']: must be 'inductor' or 'eager', got {compiler!r}."
-            )
+        bypass = _bypassed(given)
         checkpoint = given.get("checkpoint")
         if isinstance(checkpoint, (str, Path)):
             checkpoint = _load_once(str(Path(checkpoint).resolve()))
@@ -93,9 +101,8 @@ class Options:
         return Options(
             config,
             checkpoint,
-            bool(given.get("enabled", True)),
+            bypass,
             bool(given.get("dry_run", False)),
-            compiler,
             inductor,
             "token_types" in chosen or checkpoint is not None,
         )
@@ -133,6 +140,36 @@ class Options:
                 f"them out, or use a checkpoint with these types."
             )
         return config
+
+
+def _bypassed(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """The stages to go around, in the order of ``STAGES``, whichever way they were said."""
+    stages = given.get("bypass", ())
+    stages = (stages,) if isinstance(stages, str) else stages
+    if not isinstance(stages, (tuple, list)):
+        raise ConfigError(
+            f"options['bypass']: must be a tuple of stages ({', '.join(STAGES)}), got {stages!r}. "
+            f"For example ('lowering',)."
+        )
+    for stage in stages:
+        if stage not in STAGES:
+            raise ConfigError(
+                f"options['bypass']: unknown stage {stage!r}.{nearest_name(str(stage), STAGES)}"
+            )
+    compiler = given.get("compiler")
+    if compiler not in (None, *COMPILERS):
+        raise ConfigError(f"options['compiler']: must be 'inductor' or 'eager', got {compiler!r}.")
+    aliases = {"passes": ("enabled", True), "lowering": ("compiler", "inductor")}
+    for stage, (key, value) in aliases.items():
+        if stage in stages and given.get(key) == value:
+            raise ConfigError(
+                f"options['bypass'] leaves out {stage!r}, and options[{key!r}]={value!r} asks for it. "
+                f"Drop one of them."
+            )
+    chosen = {*stages}
+    chosen |= set() if given.get("enabled", True) else {"passes"}
+    chosen |= {"lowering"} if compiler == "eager" else set()
+    return tuple(stage for stage in STAGES if stage in chosen)
 
 
 def _check_types(config: QuantConfig, checkpoint: Checkpoint) -> None:

@@ -75,7 +75,7 @@ def insert_freeact_ops(
         linear.x = replaced.get(linear.x, linear.x)
         with gm.graph.inserting_before(node):
             result = _quantised_linear(editor, types, node, linear, replacement, groups)
-        replaced[node] = result
+        replaced[node] = linear.result = result
         result.meta[TOKENS_KEY] = node.meta.get(TOKENS_KEY)
         node.replace_all_uses_with(result)
         gm.graph.erase_node(node)
@@ -84,6 +84,14 @@ def insert_freeact_ops(
     gm.graph.lint()
     gm.recompile()
     return gm
+
+
+def use_reference_product(gm: GraphModule) -> None:
+    """Have the reference compute the integer products of a graph, not the engine (``bypass=("engine",)``)."""
+    for node in gm.graph.nodes:
+        if node.target is freeact.int_mm.default:
+            node.target = freeact.int_mm_reference.default
+    gm.recompile()
 
 
 _GROUP_OPERANDS = ("shift", "channel_scale", "left", "right", "clip", "lowrank")

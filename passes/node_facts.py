@@ -240,6 +240,7 @@ class LinearFact:
     state         "typed", "default" or "refused" (annotate)
     type_source   how its types were found, readable
     types         recipe and layout for ``x`` (state "typed")
+    result        the node that took its place (insert)
     """
 
     name: str
@@ -254,6 +255,7 @@ class LinearFact:
     state: str = "default"
     type_source: str = ""
     types: TokenFact | None = None
+    result: Node | None = None
 
     @property
     def converted(self) -> bool:

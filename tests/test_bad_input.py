@@ -205,6 +205,12 @@ def test_unknown_config_field() -> None:
         ({"activation_bit": 4}, ("unknown key 'activation_bit'", "Did you mean 'activation_bits'")),
         ({"checkpoints": "x"}, ("unknown key 'checkpoints'", "Did you mean 'checkpoint'")),
         ({"zzz": 1}, ("unknown key 'zzz'", "Known: ", "activation_bits", "checkpoint")),
+        ({"bypass": ("engines",)}, ("options['bypass']: unknown stage", "Did you mean 'engine'?")),
+        ({"bypass": 1}, ("options['bypass']: must be a tuple of stages", "got 1")),
+        (
+            {"bypass": "passes", "enabled": True},
+            ("options['bypass'] leaves out 'passes'", "Drop one of them"),
+        ),
         ({"compiler": "tvm"}, ("options['compiler']: must be 'inductor' or 'eager', got 'tvm'",)),
         ({"mode": "max-autotuned"}, ("unknown 'max-autotuned'", "Did you mean 'max-autotune")),
         ({"inductor": {"max_autotun": 1}}, ("['inductor']: unknown key 'max_autotun'", "Did you")),

@@ -108,7 +108,8 @@ def test_int_mm_over_shapes(codes_dtype: torch.dtype, lead: tuple[int, ...]) -> 
     weight = pack_int4(torch.randint(-7, 8, (5, 34)).to(torch.int8))
     # Why without test_schema: it compares the inputs before and after, and torch compares no fp8.
     tests = [t for t in CHECKS if codes_dtype == torch.int8 or t != "test_schema"]
-    torch.library.opcheck(ops.int_mm.default, (codes, weight), test_utils=tests)
+    for op in (ops.int_mm.default, ops.int_mm_reference.default):
+        torch.library.opcheck(op, (codes, weight), test_utils=tests)
 
 
 def test_int_mm_on_strided_codes() -> None:
