@@ -116,24 +116,27 @@ def _transformed(
 
 
 def search_clip(fitted: GroupTransform, statistics: GroupStatistics) -> GroupTransform:
-    """Set the clip of each type to that with the least squared error on the sample, in transformed coordinates.
+    """Set the clip of each type to that with the least squared error on the sample, in transformed coordinates; of a
+    type that the sample lacks, and of untyped tokens, to the widest of these.
 
     Why not of the outputs: the transform has made all coordinates matter about equally, and this is far cheaper.
     """
-    clip = fitted.clip.clone()
-    tokens, types = (t.to(clip.device) for t in statistics.samples())
+    device = fitted.clip.device
+    tokens, types = (t.to(device) for t in statistics.samples())
     z, _ = _transformed(fitted, tokens, types)
     errors = []
     for candidate in _CLIPS:
-        ratio = torch.tensor([candidate], device=clip.device)
+        ratio = torch.tensor([candidate], device=device)
         codes, scale = quantize_tokens(z, ratio, statistics.config.qmax)
         errors.append((codes.float() * scale).sub_(z).square_().sum(1))
     by_token = torch.stack(errors)
-    seen = types.unique().tolist()
-    for index in seen:
-        clip[index] = _CLIPS[int(by_token[:, types == index].sum(1).argmin())]
-    clip[-1] = max(clip[i] for i in seen)
-    return replace(fitted, clip=clip)
+    best = {
+        index: _CLIPS[int(by_token[:, types == index].sum(1).argmin())]
+        for index in types.unique().tolist()
+    }
+    widest = max(best.values())
+    clip = [best.get(index, widest) for index in range(len(fitted.clip))]
+    return replace(fitted, clip=torch.tensor(clip, device=device))
 
 
 def weight_sides(fitted: GroupTransform, statistics: GroupStatistics) -> list[WeightSide]:

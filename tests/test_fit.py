@@ -24,7 +24,7 @@ from freeact_fx.narrow_slices import best_widths
 from freeact_fx.plans import fit_transform, strongest_directions, with_branch
 from freeact_fx.predict import mean_error, predicted_errors, ranking_share, rounding_noise
 from freeact_fx.reference import epilogue, quantize_tokens, transform, transform_quantize
-from freeact_fx.round_group import refitted, weight_sides
+from freeact_fx.round_group import refitted, search_clip, weight_sides
 from freeact_fx.statistics import GroupStatistics
 from freeact_fx.token_types import TokenTypes
 from freeact_fx.transform import GroupTransform, pack_linear
@@ -589,6 +589,19 @@ def test_refit_helps_on_held_out_tokens(plan: str) -> None:
         for refit in (False, True)
     }
     assert total[True] < total[False]
+
+
+def test_types_without_a_sample_take_the_widest_clip() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gaussian = torch.randn(300, 64, generator=generator)
+    flat = torch.randn(300, 64, generator=generator).tanh()  # has less to cut
+    weights = [torch.randn(16, 64, generator=generator)]
+    statistics = statistics_of(config_of(3, plan="single"), [gaussian, flat], weights)
+    fitted = fit_transform("single", GroupMoments.of(statistics))
+    identity = replace(fitted, left=torch.eye(8), right=torch.eye(8)[None])
+    clip = search_clip(identity, statistics).clip.tolist()
+    assert clip[0] < clip[1] < 1
+    assert clip[2:] == [clip[1]] * 2
 
 
 def test_sides_are_what_a_packed_linear_holds() -> None:
