@@ -97,7 +97,7 @@ class ObservedModel:
         """Run a pass; the statistics that it completed, in the order of the model."""
         self._begin_pass()
         for self._batch, batch in batches:
-            self._split, self._padding = None, _padding_of(batch)
+            self._split, self._padding = None, padding_of(batch)
             collecting = [g for g in self._groups.values() if g.collects]
             if self._pass > 1 and self._knows_calls:
                 self._calls_left = sum(g.calls.get(self._batch, 0) for g in collecting)
@@ -257,7 +257,7 @@ class ObservedModel:
         return self._split[2]
 
 
-def _padding_of(batch: Any) -> Tensor | None:
+def padding_of(batch: Any) -> Tensor | None:
     """Where a batch says that its tokens are none: ``attention_mask`` [B, T] is 0. None: nowhere."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.dim() != 2 or bool((mask != 0).all()):
