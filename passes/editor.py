@@ -1,11 +1,15 @@
 """Adding to a graph: calls with their fake values, and placeholders for tensors that the graph did not have.
 
 Only OpOverload calls are added, each with its fake value: AOTAutograd's cache refuses anything else. New placeholders
-are *trailing* (``TrailingInputs`` says what to feed them): positions of the original arguments never change.
+are *trailing* (``TrailingInputs`` says what to feed them): positions of the original arguments never change. What is
+added keeps the place in the source of the user's node that it stands for, and its name says which Linear it belongs to.
 """
 
 from __future__ import annotations
 
+import contextlib
+import operator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +28,8 @@ from .sizes import SizeReader, Sizes
 
 aten = torch.ops.aten
 
-KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack")
+# What torch's errors, logs and profilers read: the user's line, his module, his function, his annotations.
+KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
 
 
 @dataclass
@@ -73,21 +78,49 @@ class Editor:
         self.graph = gm.graph
         self.trailing = TrailingInputs()
         self._tensors: dict[int, tuple[Tensor, Node]] = {}  # by id, so each is kept alive
+        self._label = "added"
+        self._like: Node | None = None
         values = (value_of(n) for n in self.graph.nodes)
         fakes = [v for v in values if isinstance(v, torch._subclasses.FakeTensor)]
         self.fake_mode = fakes[0].fake_mode if fakes else torch._subclasses.FakeTensorMode()
 
     # ------------------------------------------------------------------ nodes
 
-    def call(self, op: Any, *args: Any, like: Node | None = None, **kwargs: Any) -> Node:
-        """Add a call at the insertion point; ``like`` is the user's node whose place in the source it takes."""
-        node = self.graph.call_function(op, args, kwargs)
+    @contextlib.contextmanager
+    def part_of(self, label: str, node: Node | None = None) -> Iterator[None]:
+        """``label`` begins the names of what is added in this context; it takes the place in the source of the user's
+        ``node`` (None: of the one before)."""
+        outer = self._label, self._like
+        self._label, self._like = label.replace(".", "_"), node or self._like
+        try:
+            yield
+        finally:
+            self._label, self._like = outer
+
+    def call(self, op: Any, *args: Any, called: str | None = None, **kwargs: Any) -> Node:
+        """Add a call at the insertion point; its name ends in ``called`` (None: the name of the op)."""
         fake_args, fake_kwargs = torch.fx.node.map_arg((args, kwargs), value_of)
         # Why the dispatcher: torch 2.11 does not know symbolic sizes in composite ops like linear without it.
         with self.fake_mode, enable_python_dispatcher():
-            set_value(node, op(*fake_args, **fake_kwargs))
-        if like is not None:
-            node.meta.update({k: like.meta[k] for k in KEPT_META if k in like.meta})
+            value = op(*fake_args, **fake_kwargs)
+        called = called or op._schema.name.partition("::")[2]
+        node = self.graph.create_node(
+            "call_function", op, args, kwargs, name=f"{self._label}_{called}"
+        )
+        return self._described(node, value)
+
+    def item(self, node: Node, index: int, called: str) -> Node:
+        """Add one output of a call that has several."""
+        item = self.graph.create_node(
+            "call_function", operator.getitem, (node, index), name=f"{self._label}_{called}"
+        )
+        return self._described(item, value_of(node)[index])
+
+    def _described(self, node: Node, value: Any) -> Node:
+        """Give a node its fake value, and its place in the source."""
+        set_value(node, value)
+        if self._like is not None:
+            node.meta.update({k: self._like.meta[k] for k in KEPT_META if k in self._like.meta})
         return node
 
     def size(self, node: Node, dim: int) -> int | Node:
@@ -119,7 +152,7 @@ class Editor:
             for argument in node.all_input_nodes:
                 self._set_size(argument)
             assert callable(node.target)
-            set_value(node, node.target(*torch.fx.node.map_arg(node.args, value_of)))
+            self._described(node, node.target(*torch.fx.node.map_arg(node.args, value_of)))
 
     def placeholder(self, name: str, value: Tensor, feed: tuple[Any, ...]) -> Node:
         last = [n for n in self.graph.nodes if n.op == "placeholder"][-1:]
@@ -128,7 +161,9 @@ class Editor:
             if last
             else self.graph.inserting_before(next(iter(self.graph.nodes)))
         ):
-            node = self.graph.placeholder(f"freeact_{name}_{len(self.trailing.feeds)}")
+            node = self.graph.placeholder(
+                f"freeact_{self._label}_{name}_{len(self.trailing.feeds)}"
+            )
         set_value(node, value)
         node._dynamo_source = None
         node.meta["tensor_dict"] = {}

@@ -13,7 +13,6 @@ it with what follows. Dense weights lose their users; their placeholders stay. H
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +25,16 @@ from freeact_fx.config import QuantConfig
 from freeact_fx.reference import slice_of_token
 from freeact_fx.transform import GroupTransform, PackedLinear
 
-from .editor import KEPT_META, Editor, aten
-from .node_facts import TOKENS_KEY, LinearFact, TokenFact, facts_of, linears_of, set_value, value_of
+from .editor import Editor, aten
+from .node_facts import (
+    TOKENS_KEY,
+    LinearFact,
+    TokenFact,
+    facts_of,
+    linears_of,
+    qualified_name,
+    value_of,
+)
 from .type_tensors import TypeTensors
 
 freeact = torch.ops.freeact
@@ -70,11 +77,12 @@ def insert_freeact_ops(
             if isinstance(found, str):
                 linear.refusal = found
                 continue
-            replacement = _dense_operands(editor, linear, found)
+            with editor.part_of(_label(linear)):
+                replacement = _dense_operands(editor, linear, found)
         # The activation may be the result of a Linear that was just replaced.
         linear.x = replaced.get(linear.x, linear.x)
-        with gm.graph.inserting_before(node):
-            result = _quantised_linear(editor, types, node, linear, replacement, groups)
+        with gm.graph.inserting_before(node), editor.part_of(_label(linear), node):
+            result = _quantised_linear(editor, types, linear, replacement, groups)
         replaced[node] = linear.result = result
         result.meta[TOKENS_KEY] = node.meta.get(TOKENS_KEY)
         node.replace_all_uses_with(result)
@@ -92,6 +100,15 @@ def use_reference_product(gm: GraphModule) -> None:
         if node.target is freeact.int_mm.default:
             node.target = freeact.int_mm_reference.default
     gm.recompile()
+
+
+def _label(linear: LinearFact) -> str:
+    """A Linear's name in the frame that Dynamo traced.
+
+    Why not its name in the model: a graph may serve several layers, and one that is compiled for each of them should
+    be found in torch's caches.
+    """
+    return qualified_name(linear.weight).rpartition(".")[0] or linear.name
 
 
 _GROUP_OPERANDS = ("shift", "channel_scale", "left", "right", "clip", "lowrank")
@@ -119,7 +136,6 @@ def _dense_operands(editor: Editor, linear: LinearFact, found: LinearOperands) -
 def _quantised_linear(
     editor: Editor,
     type_tensors: TypeTensors,
-    node: Node,
     linear: LinearFact,
     operands: dict[str, Any],
     groups: dict[tuple[Any, ...], tuple[Node, ...]],
@@ -139,37 +155,28 @@ def _quantised_linear(
         group = [o[n] for n in _GROUP_OPERANDS]
         if o["lowrank"] is None:
             args = (linear.x, types, *group[:-1], *statics, o["qmax"])
-            made = call(freeact.transform_quantize.default, *args, like=node)
+            made = call(freeact.transform_quantize.default, *args)
         else:
             args = (linear.x, types, *group, *statics, o["own_rank"], o["qmax"])
-            made = call(freeact.transform_quantize_branch.default, *args, like=node)
-        outputs = range(2 if o["lowrank"] is None else 3)
-        groups[key] = tuple(_getitem(editor, made, i) for i in outputs)
+            made = call(freeact.transform_quantize_branch.default, *args)
+        outputs = ("codes", "scale", "coefficients")[: 2 if o["lowrank"] is None else 3]
+        groups[key] = tuple(editor.item(made, i, name) for i, name in enumerate(outputs))
     codes, scale, *coefficients = groups[key]
-    if o["qmax"]:
-        y = call(freeact.int_mm.default, codes, o["weight"], like=node)
-    else:
-        y = call(aten.linear.default, codes, o["weight"], like=node)
-    y = call(aten.mul.Tensor, y, scale, like=node)
+    product = freeact.int_mm.default if o["qmax"] else aten.linear.default
+    y = call(product, codes, o["weight"])
+    y = call(aten.mul.Tensor, y, scale)
     row = _weight_scale_row(editor, o["weight_scale"], types, o["slice_of_type"], default_type)
-    y = call(aten.mul.Tensor, y, row, like=node)
+    y = call(aten.mul.Tensor, y, row)
     if coefficients:
         args = (coefficients[0], o["branch_weight"], o["branch_scale"])
-        branch = call(freeact.branch_product.default, *args, like=node)
-        y = call(aten.add.Tensor, y, branch, like=node)
+        branch = call(freeact.branch_product.default, *args)
+        y = call(aten.add.Tensor, y, branch)
     if o["bias_table"] is not None:
-        y = call(aten.add.Tensor, y, _row(editor, o["bias_table"], types, default_type), like=node)
+        y = call(aten.add.Tensor, y, _row(editor, o["bias_table"], types, default_type))
     dtype = value_of(linear.x).dtype
     if dtype != torch.float32:
-        y = call(aten._to_copy.default, y, dtype=dtype, like=node)
+        y = call(aten._to_copy.default, y, dtype=dtype, called="cast")
     return y
-
-
-def _getitem(editor: Editor, node: Node, index: int) -> Node:
-    item = editor.graph.call_function(operator.getitem, (node, index))
-    set_value(item, value_of(node)[index])
-    item.meta.update({k: node.meta[k] for k in KEPT_META if k in node.meta})
-    return item
 
 
 def _row(editor: Editor, table: Node, types: Node | None, default_type: int) -> Node:
@@ -207,7 +214,8 @@ def _record_types(editor: Editor, types: TypeTensors) -> None:
         for position, result in enumerate(results):
             fact = result.meta.get(TOKENS_KEY) if isinstance(result, Node) else None
             if isinstance(fact, TokenFact) and fact.layout and not fact.layout[-1]:
-                added.append(types.of(fact, result, needed=False))
+                with editor.part_of("token_types", result):
+                    added.append(types.of(fact, result, needed=False))
                 editor.trailing.recorded.append((position, types.rests_on(fact)))
     output.args = ((*results, *added),)
 
@@ -234,7 +242,7 @@ def insert_observers(
         if function is None:
             continue
         node, linear = members[0]
-        with gm.graph.inserting_before(node):
+        with gm.graph.inserting_before(node), editor.part_of(_label(linear), node):
             x_types = None
             if linear.types is not None and config.num_types > 1:
                 x_types = types.of(linear.types, x)

@@ -48,7 +48,8 @@ class TypeTensors:
         """
         key = (fact, tuple(map(str, value_of(x).shape[:-1])))
         if key not in self._made:
-            self._made[key] = self._arrange(self._types(fact.expr), fact, x)
+            with self.editor.part_of("token_types"):
+                self._made[key] = self._arrange(self._types(fact.expr), fact, x)
         for root_input in self.rests_on(fact) if needed else []:
             root_input.is_needed = True
         node = self._made[key]
