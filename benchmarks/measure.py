@@ -1,58 +1,35 @@
 """Timing and the facts that belong beside a number: shared by every benchmark here.
 
-Variants are interleaved, so that whatever else the machine does falls on all of them; the median
-and the quartiles are reported, never the best. A result is one JSON line with hardware, versions
-and commit.
+How calls are timed is in `freeact_fx.timing`. A result is one JSON line with hardware, versions and
+commit.
 """
 
 from __future__ import annotations
 
 import json
 import platform
-import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from freeact_fx import timing
+from freeact_fx.timing import Timing
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
-
-
-@dataclass(frozen=True)
-class Timing:
-    median_ms: float
-    lower_ms: float  # first quartile
-    upper_ms: float  # third quartile
-    num_runs: int
-
-    def __str__(self) -> str:
-        return f"{self.median_ms:.1f} ms ({self.lower_ms:.1f} to {self.upper_ms:.1f})"
 
 
 def time_interleaved(
     variants: Mapping[str, Callable[[], object]], label: str, runs: int = 15, warmup: int = 3
 ) -> dict[str, Timing]:
-    """Wall time of each variant on the CPU: `runs` rounds, every variant once a round."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    with torch.no_grad():
-        for round_ in tqdm(range(warmup + runs), label, leave=False):
-            for name, call in variants.items():
-                start = time.perf_counter()
-                call()
-                elapsed_ms = (time.perf_counter() - start) * 1e3
-                if round_ >= warmup:
-                    times[name].append(elapsed_ms)
-    timings = {}
-    for name, values in times.items():
-        lower, median, upper = statistics.quantiles(values, n=4)
-        timings[name] = Timing(median, lower, upper, runs)
-    return timings
+    """Wall time of each variant, with a progress bar."""
+    with tqdm(total=warmup + runs, desc=label, leave=False) as bar:
+        return timing.time_interleaved(variants, runs=runs, warmup=warmup, on_round=bar.update)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

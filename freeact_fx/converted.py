@@ -163,9 +163,7 @@ def _load_dense(file: Path, expected: str | None) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, ValueError, OSError) as error:
-        raise CheckpointError(
-            f"{file}: truncated or damaged ({error}). Copy it again."
-        ) from error
+        raise CheckpointError(f"{file}: truncated or damaged ({error}). Copy it again.") from error
 
 
 def _bare_model(folder: Path, content: dict[str, Any], trust_remote_code: bool) -> nn.Module:
