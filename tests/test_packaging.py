@@ -55,6 +55,8 @@ def test_wheel_holds_every_source_file(wheel: zipfile.ZipFile) -> None:
     ):
         files = [file.relative_to(ROOT / folder) for file in (ROOT / folder).rglob("*.py")]
         expected |= {f"{prefix}/{file.as_posix()}" for file in files}
+    assets = [f for f in (ROOT / "freeact_fx/inspection/assets").rglob("*") if f.is_file()]
+    expected |= {f.relative_to(ROOT).as_posix() for f in assets}
     installed = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert installed == expected
     assert {f"freeact_fx/{name}/__init__.py" for name in ("passes", "codegen")} < installed
