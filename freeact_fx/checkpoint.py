@@ -113,7 +113,7 @@ class Checkpoint:
         ending = [n for n in self.linears if n.endswith("." + name) or name.endswith("." + n)]
         if len(ending) > 1:
             now = fingerprint(dense)
-            ending = [n for n in ending if _same(now, self.linears[n].fingerprint)]
+            ending = [n for n in ending if same_fingerprint(now, self.linears[n].fingerprint)]
         return ending[0] if len(ending) == 1 else None
 
     def transform_of(self, name: str, dense: Tensor) -> GroupTransform | str:
@@ -140,7 +140,7 @@ class Checkpoint:
     def packed_for(self, name: str, dense: Tensor) -> PackedLinear | None:
         """The stored packed weight, if it was made from this dense weight; else None: pack anew."""
         entry = self.linears[self.find(name, dense) or name]
-        if not _same(fingerprint(dense), entry.fingerprint):
+        if not same_fingerprint(fingerprint(dense), entry.fingerprint):
             return None
         tensors = {n: t.to(dense.device) for n, t in entry.packed.tensors().items()}
         return PackedLinear(**tensors)
@@ -251,7 +251,7 @@ class Checkpoint:
         return Checkpoint(config, groups, linears, meta["statistics"])
 
 
-def _same(now: tuple[float, ...], then: tuple[float, ...]) -> bool:
+def same_fingerprint(now: tuple[float, ...], then: tuple[float, ...]) -> bool:
     return all(abs(a - b) <= 1e-6 * (1 + abs(a) + abs(b)) for a, b in zip(now, then, strict=True))
 
 
