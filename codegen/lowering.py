@@ -1,10 +1,13 @@
 """What Inductor makes of the freeact ops.
 
 * The transforms decompose into the reference's own lines. On the CPU Inductor fuses shift, scale, rounding and the norm
-  before them into C++ loops around two small matrix products.
+  before them into C++ loops around two small matrix products. On the GPU a transform without a branch is a kernel of
+  ours.
 * The branch's product becomes an ordinary matrix product, in bf16 where the CPU has instructions for it.
-* ``int_mm`` stays opaque: oneDNN's u8 x s8 linear on the CPU. Scales, bias table, residual and SiLU * mul after it are
-  pointwise and fuse into one loop.
+* ``int_mm`` stays opaque on the CPU: oneDNN's u8 x s8 linear. Scales, bias table, residual and SiLU * mul after it are
+  pointwise and fuse into one loop. On the GPU it is a Triton template, and they fuse into its kernel.
+
+The GPU has its own ops, in ``engine_ops``; ``engine_graph`` swaps them in.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ import torch
 
 from freeact_fx import reference
 from freeact_fx.compat import register_decomposition
+
+from .engine_ops import has_kernels
 
 
 @functools.cache
@@ -29,10 +34,14 @@ def register() -> None:
         torch.ops.freeact.transform_quantize_branch.default, reference.transform_quantize
     )
     register_decomposition(torch.ops.freeact.branch_product.default, _branch_product)
+    if torch.cuda.is_available() and has_kernels(torch.device("cuda")):
+        from .templates import int_mm  # noqa: F401  (registers its lowering)
 
 
 def _transform_quantize(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     operands, (widths, slice_of_type, default_type, qmax) = args[:-4], args[-4:]
+    if qmax in (7, 127) and has_kernels(operands[0].device):
+        return NotImplemented
     with_no_branch: Any = (*operands, None, widths, slice_of_type, default_type, 0, qmax)
     codes, scale, _ = reference.transform_quantize(*with_no_branch)
     return codes, scale

@@ -21,6 +21,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import GraphModule, Node
 
+from .codegen.engine_graph import use_engine_ops
 from .passes.node_facts import source_name
 from .report_log import paths_of
 
@@ -46,13 +47,13 @@ def _mapped_folders() -> list[Path]:
 
 
 class CacheKey(CustomGraphPass):
-    """Edits nothing: its ``uuid`` puts our sources and options into Inductor's cache key."""
+    """Puts the GPU engine's ops in; its ``uuid`` puts our sources and options into Inductor's cache key."""
 
     def __init__(self, options_digest: str) -> None:
         self._uuid = f"freeact:{_source_digest()}:{options_digest}"
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        pass
+        use_engine_ops(graph)
 
     def uuid(self) -> str:
         return self._uuid

@@ -14,6 +14,7 @@ them; ``int_mm`` stays opaque on the CPU and runs oneDNN's u8 x s8 linear.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,7 +144,8 @@ def _(  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("freeact::int_mm", mutates_args=())
 def int_mm(codes: Tensor, weight: Tensor) -> Tensor:
-    """See ``reference.int_mm``. On the CPU int8 codes go through oneDNN, whose repacked int8 weight is cached."""
+    """See ``reference.int_mm``. On the CPU int8 codes go through oneDNN, whose repacked int8 weight is cached; on the
+    GPU through int8 tensor cores."""
     if codes.dtype == torch.int8:
         return reference.int_mm(codes, weight)
     # e4m3 codes: no integer engine; the sum is rounded in fp32.
@@ -293,3 +295,27 @@ def linear(
 def _(x, *args):  # type: ignore[no-untyped-def]
     weight = args[7]
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+# On the GPU the kernels' codes are in another order (``codegen.engine_ops``). Compiled graphs keep it between the two
+# ops; called by hand each keeps to its contract.
+
+
+@transform_quantize.register_kernel("cuda")
+def _transform_quantize_cuda(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    from .codegen import engine_ops
+
+    qmax = args[-1]
+    if not engine_ops.has_kernels(x.device) or _codes_dtype(qmax) != torch.int8:
+        return transform_quantize._init_fn(x, *args)
+    codes, scale = engine_ops.engine_transform_quantize(x, *args)
+    return engine_ops.to_plain_order(codes), scale
+
+
+@int_mm.register_kernel("cuda")
+def _int_mm_cuda(codes: Tensor, weight: Tensor) -> Tensor:
+    from .codegen import engine_ops
+
+    if not engine_ops.has_kernels(codes.device) or not engine_ops.takes_codes(codes):
+        return int_mm._init_fn(codes, weight)
+    return engine_ops.engine_int_mm(engine_ops.to_engine_order(codes), weight)

@@ -1,0 +1,104 @@
+"""The operators of the GPU's engine: like those of ``ops``, but codes are in *engine order*.
+
+In engine order the even columns of the codes come first, then the odd ones, since a byte of packed weights holds one of
+each (``kernels/int_mm``)::
+
+    plain   x0 x1 x2 x3 x4 x5        engine   x0 x2 x4 | x1 x3 x5
+
+* ``freeact::engine_transform_quantize``   one kernel per group
+* ``freeact::engine_int_mm``               one kernel per Linear; a template that Inductor fuses the epilogue into
+* ``freeact::engine_linear``               one kernel per Linear that brings its epilogue along (Hopper)
+
+``engine_graph`` puts them into a graph for their plain counterparts. Where there is no kernel for a device they run the
+reference, so that graphs with them can be tested anywhere.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from freeact_fx import reference
+
+from .tiles import LARGEST_NUM_CODES
+
+
+def to_engine_order(codes: Tensor) -> Tensor:
+    return torch.cat([codes[..., 0::2], codes[..., 1::2]], -1)
+
+
+def to_plain_order(codes: Tensor) -> Tensor:
+    num_even = (codes.shape[-1] + 1) // 2
+    plain = torch.empty_like(codes, memory_format=torch.contiguous_format)
+    plain[..., 0::2], plain[..., 1::2] = codes[..., :num_even], codes[..., num_even:]
+    return plain
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether our Triton kernels run on a device: NVIDIA from sm_80 on, with Triton installed."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and importlib.util.find_spec("triton") is not None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def takes_codes(codes: Tensor) -> bool:
+    """Whether the integer product has a kernel for these codes."""
+    return codes.dtype == torch.int8 and codes.shape[-1] <= LARGEST_NUM_CODES
+
+
+@torch.library.custom_op("freeact::engine_transform_quantize", mutates_args=())
+def engine_transform_quantize(
+    x: Tensor,
+    token_type: Tensor | None,
+    shift: Tensor | None,
+    channel_scale: Tensor | None,
+    left: Tensor,
+    right: Tensor,
+    clip: Tensor,
+    widths: Sequence[int],
+    slice_of_type: Sequence[int],
+    default_type: int,
+    qmax: int,
+) -> tuple[Tensor, Tensor]:
+    """``freeact::transform_quantize`` to int8 codes in engine order."""
+    operands = (shift, channel_scale, left, right, clip)
+    static = (widths, slice_of_type, default_type)
+    if has_kernels(x.device):
+        from .kernels.transform_quantize import is_supported, transform_quantize
+
+        if is_supported(left, right, widths, qmax):
+            flat = x.reshape(-1, x.shape[-1])
+            types = None if token_type is None else token_type.reshape(-1)
+            codes, scale = transform_quantize(flat, types, *operands, *static, qmax)
+            return codes.view(*x.shape[:-1], codes.shape[-1]), scale.view(*x.shape[:-1], 1)
+    codes, scale, _ = reference.transform_quantize(x, token_type, *operands, None, *static, 0, qmax)
+    return to_engine_order(codes), scale.contiguous()
+
+
+@engine_transform_quantize.register_fake
+def _(x, token_type, shift, channel_scale, left, right, clip, *static):  # type: ignore[no-untyped-def]
+    num_codes = left.shape[1] * right.shape[-1]
+    codes = x.new_empty((*x.shape[:-1], num_codes), dtype=torch.int8)
+    return codes, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+@torch.library.custom_op("freeact::engine_int_mm", mutates_args=())
+def engine_int_mm(codes: Tensor, weight: Tensor) -> Tensor:
+    """``freeact::int_mm`` of int8 codes in engine order."""
+    if has_kernels(codes.device):
+        from .kernels.int_mm import int_mm
+
+        product = int_mm(codes.reshape(-1, codes.shape[-1]).contiguous(), weight.contiguous())
+        return product.view(*codes.shape[:-1], weight.shape[0])
+    return reference.int_mm(to_plain_order(codes), weight)
+
+
+@engine_int_mm.register_fake
+def _(codes, weight):  # type: ignore[no-untyped-def]
+    return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=torch.float32)

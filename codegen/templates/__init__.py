@@ -1,0 +1,1 @@
+"""Inductor templates, one per file, and the lowering that offers them."""

@@ -1,0 +1,134 @@
+"""Tile shapes of the kernels: what a shape is, which are legal on a chip, and which one a problem gets.
+
+Nothing here imports Triton. Compute capabilities are written as PTX does: 80, 90, 100.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Bytes of shared memory that one program may use.
+_SHARED_BYTES = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448}
+_SMALLEST_SHARED_BYTES = 101376
+# A thread has 255 registers; the accumulator must leave room for operands and addresses.
+_ACCUMULATORS_PER_THREAD = 128
+
+# The accumulator of the int8 engine holds 16 * codes . codes_W in int32.
+LARGEST_NUM_CODES = (2**31 - 1) // (16 * 7 * 127)
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """One tile of the integer product.
+
+    block_m     tokens
+    block_n     outputs
+    block_k     packed bytes of a weight row per step, each holding two codes
+    num_warps   per program
+    num_stages  steps whose operands are in shared memory at a time
+    group_m     neighbouring token tiles that share a weight tile in the L2 cache
+    split_k     programs that share the K of one tile; their partial sums are added afterwards
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int = 4
+    num_stages: int = 3
+    group_m: int = 8
+    split_k: int = 1
+
+    @property
+    def shared_bytes(self) -> int:
+        """Packed weights, and the even and the odd columns of the codes, for each stage."""
+        return self.num_stages * self.block_k * (self.block_n + 2 * self.block_m)
+
+    @property
+    def accumulators_per_thread(self) -> int:
+        return self.block_m * self.block_n // (32 * self.num_warps)
+
+
+def is_legal(tile: TileConfig, capability: int) -> bool:
+    """Whether a tile runs on a chip: powers of two that the tensor cores take, and room for them."""
+    sizes = (tile.block_m, tile.block_n, tile.block_k, tile.num_warps)
+    return (
+        all(size & (size - 1) == 0 for size in sizes)
+        and tile.block_m >= 16
+        and tile.block_n >= 16 * tile.num_warps
+        and tile.block_k >= 32
+        and tile.num_stages >= 1
+        and tile.split_k >= 1
+        and tile.accumulators_per_thread <= _ACCUMULATORS_PER_THREAD
+        and tile.shared_bytes <= _SHARED_BYTES.get(capability, _SMALLEST_SHARED_BYTES)
+    )
+
+
+# In the order of preference; the first legal one whose tokens are not mostly padding is the default.
+_WIDE = (
+    TileConfig(128, 128, 64, num_warps=8, num_stages=4),
+    TileConfig(128, 128, 64, num_warps=8, num_stages=3),
+    TileConfig(64, 128, 64, num_warps=4, num_stages=3),
+    TileConfig(32, 128, 64, num_warps=4, num_stages=4),
+    TileConfig(16, 64, 128, num_warps=4, num_stages=4),
+)
+_DECODE_TOKENS = 64
+# Enough programs for two on each of 132 multiprocessors.
+_ENOUGH_PROGRAMS = 264
+_LARGEST_SPLIT = 8
+
+
+def candidates(num_tokens: int, capability: int) -> tuple[TileConfig, ...]:
+    """Legal tiles that waste at most half of their tokens; the smallest one is always there."""
+    legal = [tile for tile in _WIDE if is_legal(tile, capability)]
+    return tuple(t for t in legal if t.block_m < 2 * num_tokens) or (legal[-1],)
+
+
+def choose_tile(
+    num_tokens: int, num_outputs: int, num_codes: int, capability: int, *, may_split: bool = True
+) -> TileConfig:
+    """The tile of a problem: at most 64 tokens share K among programs until the chip is full.
+
+    Not measured yet beyond H100 and H200; a benchmark compares the candidates.
+    """
+    tile = candidates(num_tokens, capability)[0]
+    if num_tokens > _DECODE_TOKENS or not may_split:
+        return tile
+    programs = -(-num_tokens // tile.block_m) * -(-num_outputs // tile.block_n)
+    steps = -(-num_codes // (2 * tile.block_k))
+    split = 1
+    while 2 * split <= min(_LARGEST_SPLIT, steps) and programs * split < _ENOUGH_PROGRAMS:
+        split *= 2
+    return TileConfig(
+        tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages, 1, split
+    )
+
+
+@dataclass(frozen=True)
+class TransformTile:
+    """The padded shape of one token in the transform: X [block_in, columns], Z [block_out, columns].
+
+    columns  one power of two, or two pieces side by side; the second is 0 if there is one
+    """
+
+    block_in: int
+    block_out: int
+    columns: tuple[int, int]
+    num_warps: int
+
+
+def transform_tile(d1: int, width: int, d2: int) -> TransformTile:
+    """The tile of a Kronecker shape [D1, width] x [D2, D2]; both at most 256."""
+    columns = (_padded(d2), 0)
+    half = columns[0] // 2
+    # Two pieces only where they save much of a wide tile: they take four products instead of one.
+    if d2 > 128 and half < d2 <= half + half // 2:
+        columns = (half, _padded(d2 - half))
+    block_out = _padded(width)
+    size = max(_padded(d1), block_out) * sum(columns)
+    num_warps = 4 if size <= 4096 else 8 if size <= 24576 else 16
+    return TransformTile(_padded(d1), block_out, columns, num_warps)
+
+
+def _padded(size: int) -> int:
+    """The tensor cores' smallest tile, or the next power of two."""
+    return max(16, 1 << (size - 1).bit_length())
