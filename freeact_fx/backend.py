@@ -23,8 +23,9 @@ from .codegen import lowering
 from .config import QuantConfig
 from .convert import FreeActLinear
 from .errors import ConfigError, UnsupportedLinear
+from .graph_text import readable
 from .options import Options
-from .packing import Packer
+from .packing import Packer, ShapePacker
 from .passes.annotate import annotate_token_types
 from .passes.detect import detect_linears
 from .passes.editor import TrailingInputs
@@ -37,7 +38,7 @@ from .passes.insert import (
 )
 from .passes.node_facts import LinearFact, facts_of, tensor_of, value_of
 from .report_log import GraphRecord, record
-from .runner import Runner
+from .runner import DryRunner, Runner
 from .transform import GroupTransform
 
 
@@ -75,7 +76,9 @@ def quantise_graph(
     compat.name_arguments(gm)
     # A converted Linear says which types it was made for; detect needs no more than the options.
     config = chosen.config_for(gm)
-    packer = Packer(config, chosen.checkpoint)
+    packer = _packer(gm, config, chosen)
+    graph = compat.origin_of(gm)
+    graph.num_nodes_before = len(gm.graph.nodes)
 
     # Which Linears there are, and which may be quantised.
     paths = compat.module_paths(example_inputs)
@@ -84,31 +87,42 @@ def quantise_graph(
     )
     # Which tokens they see; facts only, so that a rule never meets a half-edited graph.
     gm = annotate_token_types(gm, inputs=inputs, config=config)
-    if chosen.dry_run:
-        compat.guard_identity(gm)
-        record(GraphRecord.of(gm, inputs, config, packer))
-        return original
+    graph.label = _label(gm)
+    graph.before = readable(gm) if chosen.code else None
     # The one edit: one transform per group, one integer product per Linear, epilogues as plain pointwise nodes.
     gm = insert_freeact_ops(
         gm, inputs=inputs, config=config, operands=_operands_of(gm, inputs, packer)
     )
     if "engine" in chosen.bypass:
         use_reference_product(gm)
-    report = GraphRecord.of(gm, inputs, config, packer)
-    record(report)
-    if config.strict:
+    graph.num_nodes_after = len(gm.graph.nodes)
+    graph.after = readable(gm) if chosen.code else None
+    report = GraphRecord.of(gm, inputs, config, packer, graph, compat.outermost_module())
+    if config.strict and not chosen.dry_run:
         _raise_on_refusals(report, config)
 
     trailing: TrailingInputs = gm.meta[TRAILING_KEY]
     placeholders = _placeholders(gm)
     added = [value_of(node) for node in placeholders[len(example_inputs) :]]
-    compiled = _compile(gm, [*example_inputs, *added], chosen, config.digest)
+    compiled: Callable[..., Any] = original
+    if not chosen.dry_run:
+        compiled = _compile(gm, [*example_inputs, *added], chosen, config.digest)
     places = [
         _place(linear, placeholders, gm, inputs, trailing.transforms.get(index))
         for index, linear in enumerate(facts_of(gm))
     ]
-    bindings = Bindings(places, report, packer, config, compat.module_paths)
-    return Runner(compiled, original, trailing, bindings, config, _label(gm))
+    bindings = Bindings(places, report, packer, config, compat.module_paths, chosen.dry_run)
+    kind = DryRunner if chosen.dry_run else Runner
+    runner = kind(compiled, original, trailing, bindings, config, graph.label)
+    report.held_by(runner)
+    record(report)
+    return runner
+
+
+def _packer(gm: GraphModule, config: QuantConfig, chosen: Options) -> Packer:
+    if chosen.dry_run:
+        return ShapePacker(config, chosen.checkpoint, compat.fake_mode_of(gm))
+    return Packer(config, chosen.checkpoint)
 
 
 def observe_graph(
@@ -135,7 +149,10 @@ def observe_graph(
         return observer([(f, *p) for f, p in zip(linears, parameters, strict=True)])
 
     gm = insert_observers(gm, inputs=inputs, config=config, observer=of_group)
-    bindings = Bindings([], GraphRecord([], {}, config), Packer(config, None), config, compat.module_paths)
+    packer = Packer(config, None)
+    bindings = Bindings(
+        [], GraphRecord([], [], config, packer), packer, config, compat.module_paths
+    )
     return Runner(gm.forward, gm.forward, gm.meta[TRAILING_KEY], bindings, config, _label(gm))
 
 
@@ -210,7 +227,7 @@ def _label(gm: GraphModule) -> str:
 def _raise_on_refusals(report: GraphRecord, config: QuantConfig) -> None:
     refused = [r for r in report.unexpected(config)]
     if refused:
-        lines = "; ".join(f"{r.name}: {r.reason}" for r in refused)
+        lines = "; ".join(f"{r.name}: {r.reason} ({r.way_out})" for r in refused)
         raise UnsupportedLinear(
             f"strict=True and {len(refused)} Linears cannot be quantised: {lines}. "
             f"List them in QuantConfig.skip, or set strict=False."

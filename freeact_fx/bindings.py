@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from .config import QuantConfig
 from .eligibility import matches
 from .errors import ConfigError
 from .packing import Packer
+from .reasons import Reason, reason
 from .report_log import GraphRecord, record
 from .transform import GroupTransform, PackedLinear
 
@@ -75,6 +76,7 @@ class Bindings:
 
     places    all Linears of the graph, replaced or not, in the order of ``report``
     paths_of  module paths of tensors by id, in the model that is being called
+    quiet     a dry run: what cannot run is in the report
     """
 
     places: list[LinearPlace]
@@ -82,6 +84,7 @@ class Bindings:
     packer: Packer
     config: QuantConfig
     paths_of: Callable[[Sequence[Tensor]], dict[int, str]]
+    quiet: bool = False
     _known: dict[tuple[int, ...], Binding] = field(default_factory=dict, init=False)
 
     def of(self, args: Sequence[Any]) -> Binding:
@@ -94,7 +97,7 @@ class Bindings:
 
     def pack(
         self, binding: Binding, args: Sequence[Any]
-    ) -> list[tuple[GroupTransform, PackedLinear] | str | None]:
+    ) -> list[tuple[GroupTransform, PackedLinear] | Reason | None]:
         """Transform and packed weight of every dense Linear that was replaced, or why there are none."""
         for place, name in zip(self.places, binding.names, strict=True):
             _check_dtype(name, place, place.parameters(args)[0])
@@ -116,56 +119,37 @@ class Bindings:
         paths = self.paths_of(weights)
         names = [paths.get(id(w), row.name) for w, row in zip(weights, rows, strict=True)]
         binding = Binding(refs, names)
-        binding.problem = self._problem(binding, args)
-        renamed = dict(zip((row.name for row in rows), names, strict=True))
-        record(
-            GraphRecord(
-                [
-                    (
-                        replace(
-                            row,
-                            name=renamed[row.name],
-                            group=renamed.get(row.group, ""),
-                            reason=row.reason or binding.problem,
-                        ),
-                        ref,
-                    )
-                    for row, ref in zip(rows, refs, strict=True)
-                ],
-                {
-                    renamed[group]: tuple(renamed[name] for name in names)
-                    for group, names in self.report.members.items()
-                },
-                self.report.config,
-                self.report.label,
-            )
-        )
-        if binding.problem is not None:
+        problem = self._problem(binding, args)
+        record(self.report.bound(names, refs, problem))
+        if problem is not None:
+            binding.problem = f"{problem[0]}: {problem[1]}"
+        if problem is not None and not self.quiet:
             warnings.warn(
-                f"freeact: {names[0]} shares a compiled graph with {rows[0].name} and cannot run in it: "
-                f"{binding.problem}. It stays as it was; freeact_fx.convert(model, checkpoint) does not have "
-                f"this limit.",
+                f"freeact: {names[0]} shares a compiled graph with {rows[0].name} and stays as it was. "
+                f"{binding.problem}. freeact_fx.convert(model, checkpoint) does not have this limit.",
                 stacklevel=4,
             )
         return binding
 
-    def _problem(self, binding: Binding, args: Sequence[Any]) -> str | None:
-        """Why these weights cannot run in this graph, or None."""
+    def _problem(self, binding: Binding, args: Sequence[Any]) -> tuple[str, Reason] | None:
+        """A Linear that cannot run in this graph with these weights, and why; or None."""
         own: dict[int, GroupTransform] = {}
+        other = self.report.linears[0][0].name
         for place, name, found in zip(
             self.places, binding.names, self.pack(binding, args), strict=True
         ):
             if place.transform is None or found is None:
                 continue
-            if isinstance(found, str):
-                return f"{name}: {found}"
+            if isinstance(found, Reason):
+                return name, found
             if matches(name, self.config.skip) and not matches(name, self.config.include):
-                return f"{name}: listed in QuantConfig.skip {list(self.config.skip)}"
-            transform = found[0]
-            if _structure(transform) != _structure(place.transform):
-                return f"{name}: the graph was made for plan {place.transform.plan}, not {transform.plan}"
-            if own.setdefault(id(place.transform), transform) is not transform:
-                return f"{name}: its group is another one"
+                return name, reason("skipped", skip=list(self.config.skip))
+            transform, theirs = found[0], place.transform
+            if _structure(transform) != _structure(theirs):
+                plans = {"own": transform.plan, "theirs": theirs.plan}
+                return name, reason("other_plan", other=other, **plans)
+            if own.setdefault(id(theirs), transform) is not transform:
+                return name, reason("other_group", other=other)
         return None
 
 

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from .config import QuantConfig
 from .errors import CheckpointError, ConfigError
+from .reasons import Reason, reason
 from .reference import unpack_int4
 from .transform import GroupTransform, PackedLinear
 
@@ -50,6 +51,11 @@ def fingerprint(weight: Tensor) -> tuple[float, float, float]:
         float(values.square().sum()),
         float((values * torch.arange(values.shape[1], device=values.device)).sum()),
     )
+
+
+def has_values(tensor: Tensor) -> bool:
+    """False for a tensor that is a shape only: on the meta device, or a fake one."""
+    return not tensor.is_meta and not isinstance(tensor, torch._subclasses.FakeTensor)
 
 
 @dataclass(frozen=True)
@@ -111,16 +117,16 @@ class Checkpoint:
         if name in self.linears:
             return name
         ending = [n for n in self.linears if n.endswith("." + name) or name.endswith("." + n)]
-        if len(ending) > 1:
+        if len(ending) > 1 and has_values(dense):
             now = fingerprint(dense)
             ending = [n for n in ending if same_fingerprint(now, self.linears[n].fingerprint)]
         return ending[0] if len(ending) == 1 else None
 
-    def transform_of(self, name: str, dense: Tensor) -> GroupTransform | str:
+    def transform_of(self, name: str, dense: Tensor) -> GroupTransform | Reason:
         """The transform of a Linear's group, on the weight's device, or why there is none."""
         stored = self.find(name, dense)
         if stored is None:
-            return "not in the checkpoint (calibration did not reach it, or it was skipped)"
+            return reason("not_in_checkpoint")
         entry = self.linears[stored]
         expected = [entry.packed.weight.shape[0], entry.num_features]
         if list(dense.shape) != expected:

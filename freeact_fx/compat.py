@@ -8,21 +8,26 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.utils import dynamo_timed, get_debug_dir
 from torch._inductor import config as inductor_config
 from torch._inductor import decomposition as inductor_decomposition
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
+from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
 from .codegen.engine_graph import use_engine_ops
-from .passes.node_facts import source_name
+from .passes.node_facts import source_name, value_of
+from .report import GraphReport
 from .report_log import paths_of
 
 __all__ = ["compile_with_inductor", "mode_options", "register_decomposition", "traced_module"]
@@ -161,6 +166,41 @@ def calling_modules() -> list[torch.nn.Module]:
     ]
 
 
+def outermost_module() -> torch.nn.Module | None:
+    """The module that is being called, if there is one."""
+    return next(iter(calling_modules()), None)
+
+
+def fake_mode_of(gm: GraphModule) -> FakeTensorMode:
+    """The mode of a graph's fake values; a new one if it has none."""
+    values = (value_of(node) for node in gm.graph.nodes)
+    return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), FakeTensorMode())
+
+
+def origin_of(gm: GraphModule) -> GraphReport:
+    """Why a graph that Dynamo gives ends where it does, and why it is compiled, if not for the first time."""
+    from torch._dynamo.utils import get_metrics_context
+
+    report = GraphReport(0)
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is not None and reason.graph_break:
+        report.break_reason = _first_lines(reason.reason)
+        if reason.user_stack:
+            frame = reason.user_stack[-1]
+            place = f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
+            report.break_reason += f" ({place}: {frame.line})" if frame.line else f" ({place})"
+    metrics = getattr(get_metrics_context(), "_metrics", {})
+    report.compiled_again_because = metrics.get("recompile_reason")
+    return report
+
+
+def _first_lines(reason: str) -> str:
+    """What Dynamo says of a break, without its advice on how to report it."""
+    lines = [line.strip() for line in reason.strip().splitlines()]
+    end = next((i for i, line in enumerate(lines) if not line or line.startswith("Hint")), 2)
+    return " ".join(lines[: max(end, 1)])
+
+
 def module_paths(tensors: Iterable[Any]) -> dict[int, str]:
     """The module path of each parameter or buffer by its id, in the outermost module that is being called.
 
@@ -189,6 +229,38 @@ def name_arguments(gm: GraphModule) -> None:
             node.meta["freeact_argument"] = names[int(found[1])]
 
 
+@contextlib.contextmanager
+def observed_pass(gm: GraphModule, name: str) -> Iterator[None]:
+    """Around a pass of ours: torch notes which nodes it makes and erases if it is asked to, and the time it takes."""
+    with GraphTransformObserver(gm, f"freeact_{name}"), dynamo_timed(f"pass.freeact.{name}"):
+        yield
+
+
+def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:
+    """Put a file into torch's structured trace (``TORCH_TRACE``); ``payload`` is not called if no one takes it."""
+    torch._logging.trace_structured(
+        "artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=payload
+    )
+
+
+def debug_folder(inductor_options: Mapping[str, Any]) -> Path | None:
+    """A new folder for the files of the graph that is being compiled, beside Inductor's; None: no one wants files."""
+    options = inductor_config.trace
+    if not inductor_options.get("trace.enabled", options.enabled):
+        return None
+    root = inductor_options.get("trace.debug_dir", options.debug_dir) or get_debug_dir()
+    compile_id = torch._guards.CompileContext.current_compile_id()
+    name = "graph" if compile_id is None else f"graph_{compile_id}".replace("/", "_")
+    for number in itertools.count():
+        folder = Path(root, "freeact", f"{name}.{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:  # compiled once more, or by another process
+            continue
+        return folder
+    raise AssertionError("counting ends with a folder")
+
+
 def guard_identity(gm: GraphModule) -> None:
     """Compile a graph anew for every set of parameters.
 
@@ -205,6 +277,14 @@ def guard_identity(gm: GraphModule) -> None:
             install_guard(source.make_guard(GuardBuilder.ID_MATCH))
 
 
+_DYNAMO_ATTRIBUTES = (
+    "_param_name_to_source",
+    "_backend_id",
+    "_has_user_defined_allowed_in_graph",
+    "compile_subgraph_reason",
+)
+
+
 def copy_of_graph(gm: GraphModule) -> GraphModule:
     """A copy that the passes may edit: Dynamo goes on reading its own graph, and may call a backend twice for it."""
     graph = torch.fx.Graph()
@@ -217,7 +297,7 @@ def copy_of_graph(gm: GraphModule) -> GraphModule:
             copy._dynamo_source = node._dynamo_source
     copied = GraphModule(gm, graph, type(gm).__name__)
     copied.meta.update(gm.meta)
-    for name in ("_param_name_to_source", "_backend_id", "_has_user_defined_allowed_in_graph"):
+    for name in _DYNAMO_ATTRIBUTES:
         if hasattr(gm, name):
             setattr(copied, name, getattr(gm, name))
     return copied
@@ -257,7 +337,6 @@ def traced_apart(
 
 def propagate_shapes(gm: GraphModule, example_inputs: Sequence[Any]) -> None:
     """Give every node of a graph its fake value, where it has none."""
-    from torch._subclasses import FakeTensorMode
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
     if all("val" in n.meta or "example_value" in n.meta for n in _value_nodes(gm)):

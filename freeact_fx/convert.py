@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from .checkpoint import Checkpoint, fingerprint
 from .config import QuantConfig
-from .eligibility import TOWER_REASON, ineligible_reason, is_tower_name, matches
+from .eligibility import ineligible_reason, is_tower_name, matches
 from .errors import CheckpointError, ConfigError, UnsupportedLinear
+from .reasons import Reason, reason
 from .token_types import check_type_range, explicit_types
 from .transform import GroupTransform, PackedLinear, orthogonal_transform, pack_linear
 
@@ -132,17 +133,17 @@ def _dense_weight(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
 
 
 @torch.no_grad()
-def convert(model: nn.Module, source: Checkpoint | QuantConfig | None = None) -> dict[str, str]:
+def convert(model: nn.Module, source: Checkpoint | QuantConfig | None = None) -> dict[str, Reason]:
     """Replace Linears by ``FreeActLinear``, in place and one at a time: the peak is one dense weight above the result.
 
     source  a Checkpoint: exactly its Linears are replaced, with its packed weights; on the CPU where a dense weight
             is on the meta device.
             A QuantConfig (or None: the default one): data-free, every Linear that may be quantised.
 
-    Returns the Linears that were left alone, each with its reason. A weight tied to an embedding stays unless it is
-    included; then the embedding keeps the dense one. Raises CheckpointError if a Linear of the checkpoint is missing
-    or has another shape, ConfigError for ``quantize=False`` (that needs dense weights), UnsupportedLinear under
-    ``strict=True``.
+    Returns the Linears that were left alone, each with its reason (a string; its ``way_out`` says what would change
+    that). A weight tied to an embedding stays unless it is included; then the embedding keeps the dense one. Raises
+    CheckpointError if a Linear of the checkpoint is missing or has another shape, ConfigError for ``quantize=False``
+    (that needs dense weights), UnsupportedLinear under ``strict=True``.
     """
     if isinstance(source, Checkpoint):
         return _convert_from(model, source)
@@ -162,7 +163,7 @@ def convert(model: nn.Module, source: Checkpoint | QuantConfig | None = None) ->
         for m in model.modules()
         if isinstance(m, nn.Embedding) and m.weight is not None
     }
-    left: dict[str, str] = {}
+    left: dict[str, Reason] = {}
     transforms: dict[tuple[int, torch.device], GroupTransformModule] = {}
     for name, module in list(model.named_modules()):
         dense = _dense_weight(module)
@@ -170,15 +171,15 @@ def convert(model: nn.Module, source: Checkpoint | QuantConfig | None = None) ->
             continue
         weight, bias = dense
         tied = id(module.weight) in embeddings
-        reason = ineligible_reason(name, weight.shape[1], weight, tied, config)
-        if reason is None and is_tower_name(name) and not config.vision_tower:
-            reason = None if matches(name, config.include) else TOWER_REASON
-        if reason is None and not bool(weight.isfinite().all()):
-            reason = "its weight holds NaN or infinite values"
-        if reason is not None:
+        why = ineligible_reason(name, weight.shape[1], weight, tied, config)
+        if why is None and is_tower_name(name) and not config.vision_tower:
+            why = None if matches(name, config.include) else reason("tower")
+        if why is None and not bool(weight.isfinite().all()):
+            why = reason("not_finite")
+        if why is not None:
             if config.strict and not matches(name, config.skip):
-                raise UnsupportedLinear(f"{name}: {reason}.")
-            left[name] = reason
+                raise UnsupportedLinear(f"{name}: {why}; {why.way_out}.")
+            left[name] = why
             continue
         key = (weight.shape[1], weight.device)
         transform = orthogonal_transform(weight.shape[1], config).to(weight.device)
@@ -189,7 +190,7 @@ def convert(model: nn.Module, source: Checkpoint | QuantConfig | None = None) ->
     return left
 
 
-def _convert_from(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+def _convert_from(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Reason]:
     modules = dict(model.named_modules())
     for name, entry in checkpoint.linears.items():
         dense = _dense_weight(modules[name]) if name in modules else None
@@ -222,7 +223,7 @@ def _convert_from(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
         linear = FreeActLinear(groups[entry.group], packed, checkpoint.config, entry.fingerprint)
         _replace(model, name, linear)
     return {
-        name: "not in the checkpoint"
+        name: reason("not_in_checkpoint")
         for name, module in model.named_modules()
         if _dense_weight(module) is not None
     }

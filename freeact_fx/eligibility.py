@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .config import QuantConfig
+from .reasons import Reason, reason
 from .transform import illegal_features_reason
 
 # The fallback where the graph does not show the merge: path components that name an encoder of something else.
@@ -33,7 +34,7 @@ def is_tower_name(name: str) -> bool:
 
 def ineligible_reason(
     name: str, num_features: int, weight: Tensor | None, tied: bool, config: QuantConfig
-) -> str | None:
+) -> Reason | None:
     """Why a Linear stays as it is, or None.
 
     weight  the dense weight, or None where a converted Linear holds packed codes already
@@ -41,22 +42,15 @@ def ineligible_reason(
     """
     included = matches(name, config.include)
     if not included and matches(name, config.skip):
-        return f"listed in QuantConfig.skip {list(config.skip)}"
+        return reason("skipped", skip=list(config.skip))
     if weight is not None:
         if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return (
-                f"weights must be float32, bfloat16 or float16, got {weight.dtype}; cast the layer"
-            )
+            return reason("dtype", dtype=weight.dtype)
         if weight.layout != torch.strided or type(weight) not in (Tensor, torch.nn.Parameter):
-            return f"weights must be plain dense tensors, got {type(weight).__name__}"
-    if (reason := illegal_features_reason(num_features)) is not None:
-        return reason + "; pad the layer"
-    if tied and not included:
-        return "its weight is tied to an embedding; list it in QuantConfig.include to quantise it"
-    return None
-
-
-TOWER_REASON = "computes what is merged into the embeddings; set QuantConfig.vision_tower=True"
-LEFT_DENSE_REASON = (
-    "convert left it dense; list it in QuantConfig.include to quantise it without calibration"
-)
+            kind = "Tensor" if weight.layout == torch.strided else str(weight.layout)
+            kind = kind if type(weight) in (Tensor, torch.nn.Parameter) else type(weight).__name__
+            return reason("not_plain", kind=kind)
+    illegal = illegal_features_reason(num_features)
+    if illegal is None and tied and not included:
+        return reason("tied")
+    return illegal

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,21 +14,28 @@ from .report import Report
 
 
 def explain(
-    model: nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
+    model: nn.Module,
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    code: bool = False,
+    **kwargs: Any,
 ) -> Report:
     """Report on every Linear of a model: shapes, group, token types, plan, precision, or why it is left alone.
 
-    model         a module; or one that ``torch.compile`` returned, then without inputs the report tells of what has
-                  been compiled so far
+    model         a module, also one on the meta device or of fake tensors; or one that ``torch.compile`` returned, then
+                  without inputs the report tells of what has been compiled so far
     args, kwargs  inputs of the model: it is traced and run once, in its own precision; nothing is changed
     options       as for ``torch.compile(model, backend="freeact", options=...)``
+    code          keep each graph as readable code, before and after the passes (``GraphReport.before``, ``after``);
+                  of a compiled model those that were compiled with ``options={"code": True}`` have it
 
     Raises ConfigError if there is nothing to report on.
     """
-    from . import report_log
+    from .model_report import model_report
+    from .report_log import logged
 
     if isinstance(model, torch._dynamo.OptimizedModule) and not args and not kwargs:
-        report = report_log.model_report(model._orig_mod, report_log.logged())
+        report = model_report(model._orig_mod, logged())
         if not report.num_graphs:
             raise ConfigError(
                 "explain(compiled): nothing was compiled with backend='freeact' yet. Call the model "
@@ -36,25 +44,25 @@ def explain(
         return report
     if isinstance(model, torch._dynamo.OptimizedModule):
         model = model._orig_mod
-    graphs = trace(model, args, kwargs, options)
-    return report_log.model_report(model, graphs)
+    return model_report(model, trace(model, args, kwargs, {**(options or {}), "code": code}))
 
 
 def trace(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    options: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
 ) -> list[Any]:
     """Run a model once with the passes in report mode; the graphs it consisted of."""
     from . import compat, report_log
     from .backend import freeact
 
-    chosen = {**(options or {}), "dry_run": True, "compiler": "eager"}
+    chosen = {**options, "dry_run": True}
 
     def report_only(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
         return freeact(gm, example_inputs, options=chosen)
 
+    positional, named = _by_name(model, args, kwargs)
     was_training = model.training
     model.eval()
     try:
@@ -63,7 +71,19 @@ def trace(
             torch.no_grad(),
             compat.traced_apart(model, report_only) as traced,
         ):
-            traced(*args, **kwargs)
+            traced(*positional, **named)
     finally:
         model.train(was_training)
     return graphs
+
+
+def _by_name(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Hand positional inputs over by name, where they have one, so that the report can call them by it."""
+    parameters = list(inspect.signature(model.forward).parameters.values())[: len(args)]
+    if any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters) or len(parameters) < len(
+        args
+    ):
+        return args, dict(kwargs)
+    return (), {**{p.name: a for p, a in zip(parameters, args, strict=True)}, **kwargs}

@@ -33,6 +33,7 @@ class Options:
                 "engine"    the integer product is the reference's (fp64), not the engine's
 
     dry_run     True: report what would happen, change nothing
+    code        True: keep each graph before and after the passes as text, for the report
     mode        as in ``torch.compile(mode=...)``, which torch does not allow beside ``options=``
     inductor    Inductor's own options
     """
@@ -41,6 +42,7 @@ class Options:
     checkpoint: Checkpoint | None = None
     bypass: tuple[str, ...] = ()
     dry_run: bool = False
+    code: bool = False
     inductor: dict[str, Any] = field(default_factory=dict)
     types_given: bool = False
 
@@ -57,7 +59,7 @@ class Options:
         """Check the names and values; raises ConfigError with the nearest valid name."""
         given = dict(options or {})
         config_fields = {f.name for f in fields(QuantConfig)}
-        own = {"checkpoint", "enabled", "dry_run", "compiler", "mode", "inductor", "bypass"}
+        own = {"checkpoint", "enabled", "dry_run", "code", "compiler", "mode", "inductor", "bypass"}
         for key in given:
             if key not in config_fields | own:
                 raise ConfigError(
@@ -103,6 +105,7 @@ class Options:
             checkpoint,
             bypass,
             bool(given.get("dry_run", False)),
+            bool(given.get("code", False)),
             inductor,
             "token_types" in chosen or checkpoint is not None,
         )

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .checkpoint import Checkpoint, has_values
 from .config import QuantConfig
+from .reasons import Reason, reason
+from .reference import CODES_PER_WORD
 from .transform import GroupTransform, PackedLinear, orthogonal_transform, pack_linear
-
-if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
 
 _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -45,6 +46,24 @@ def _orthogonal(num_features: int, config: QuantConfig, device: str) -> GroupTra
     return orthogonal_transform(num_features, config).to(torch.device(device))
 
 
+def empty_packed(
+    transform: GroupTransform, num_outputs: int, has_bias: bool, config: QuantConfig
+) -> PackedLinear:
+    """What ``pack_linear`` makes of a dense weight [N, K], without values, on torch's default device."""
+    num_codes, num_slices = transform.num_codes, len(transform.widths)
+    weight = torch.empty(num_outputs, num_codes)
+    if config.quantize:
+        weight = torch.empty(num_outputs, -(-num_codes // CODES_PER_WORD), dtype=torch.int32)
+    has_table = has_bias or transform.shift is not None
+    table = torch.empty(transform.num_rows, num_outputs) if has_table else None
+    scale = torch.empty(num_slices, num_outputs)
+    if transform.lowrank is None:
+        return PackedLinear(weight, scale, table)
+    rank, dtype = transform.lowrank.shape[1], torch.int8 if config.quantize else torch.float32
+    branch = torch.empty(rank, num_outputs, dtype=dtype)
+    return PackedLinear(weight, scale, table, branch, torch.empty(rank))
+
+
 class Packer:
     """Gives each dense Linear its transform and its packed weight."""
 
@@ -52,17 +71,17 @@ class Packer:
         self.config, self.checkpoint = config, checkpoint
         self._key = (config.digest, checkpoint.digest if checkpoint else None)
 
-    def transform(self, name: str, dense: Tensor) -> GroupTransform | str:
+    def transform(self, name: str, dense: Tensor) -> GroupTransform | Reason:
         """The transform of a Linear's group, or why there is none."""
-        if not bool(dense.isfinite().all()):
-            return "its weight holds NaN or infinite values"
+        if has_values(dense) and not bool(dense.isfinite().all()):
+            return reason("not_finite")
         if self.checkpoint is None:
             return _orthogonal(dense.shape[1], self.config, str(dense.device))
         return self.checkpoint.transform_of(name, dense)
 
     def pack(
         self, name: str, weight: Tensor, bias: Tensor | None, *, transposed: bool
-    ) -> tuple[GroupTransform, PackedLinear] | str:
+    ) -> tuple[GroupTransform, PackedLinear] | Reason:
         """Transform and packed weight of a dense weight [N, K] ([K, N] if transposed), or why there are none."""
         state = (_state(weight), _state(bias))
         entries = _packed.setdefault(weight, {})
@@ -84,3 +103,26 @@ class Packer:
             stored = replace(stored, bias_table=transform.bias_table(dense, dense_bias))
         entries[key] = (state, (transform, stored))
         return transform, stored
+
+
+class ShapePacker(Packer):
+    """For a dry run: packed weights of the right shapes, without values.
+
+    fake_mode  that of the graph
+    """
+
+    def __init__(
+        self, config: QuantConfig, checkpoint: Checkpoint | None, fake_mode: FakeTensorMode
+    ) -> None:
+        super().__init__(config, checkpoint)
+        self._fake_mode = fake_mode
+
+    def pack(
+        self, name: str, weight: Tensor, bias: Tensor | None, *, transposed: bool
+    ) -> tuple[GroupTransform, PackedLinear] | Reason:
+        dense = weight.detach().t() if transposed else weight.detach()
+        transform = self.transform(name, dense)
+        if isinstance(transform, Reason):
+            return transform
+        with self._fake_mode, dense.device:
+            return transform, empty_packed(transform, dense.shape[0], bias is not None, self.config)

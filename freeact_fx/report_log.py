@@ -1,13 +1,12 @@
-"""Records of compiled graphs, and how ``explain`` puts them together into one report of a model."""
+"""What has been compiled in this process: a record of each graph, which ``model_report`` puts together."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import weakref
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -15,109 +14,211 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from .config import QuantConfig
-from .eligibility import TOWER_REASON, matches
-from .packing import Packer
-from .passes.node_facts import LinearFact, facts_of, tensor_of, value_of
-from .reference import CODES_PER_WORD
-from .report import GraphReport, GroupReport, LinearReport, Report
+from .eligibility import matches
+from .engines import engine_of
+from .packing import Packer, empty_packed
+from .passes.insert import TRAILING_KEY
+from .passes.node_facts import (
+    LinearFact,
+    facts_of,
+    op_name,
+    tensor_of,
+    value_of,
+)
+from .passes.roots import is_own
+from .reasons import Reason, reason
+from .report import GraphReport, GroupReport, LinearReport
 from .transform import GroupTransform, PackedLinear
 
-# Graphs compiled in this process, oldest first. Weights are held weakly.
-_log: deque[GraphRecord] = deque(maxlen=4096)
+# Rules whose Linears the user left out himself, or that the defaults leave out.
+_EXPECTED = ("skipped", "tied", "tower")
+# By operation; "linear", "matmul" and "converted" are their own.
+_KINDS = {"addmm": "conv1d", "mm": "matmul"}
+
+WeakTensor = weakref.ref[Tensor]
 
 
-@dataclass
+@dataclass(eq=False)
 class GraphRecord:
-    """The Linears of one compiled graph, each with a weak reference to its weight."""
+    """One compiled graph, or one more set of weights that it was called with. Weights are held weakly.
 
-    linears: list[tuple[LinearReport, weakref.ref[Tensor] | None]]
-    members: dict[str, tuple[str, ...]]
+    linears   each with its weight, None where it is computed in the graph
+    groups    by the names of their Linears in ``linears``
+    graph     its facts as a graph; names of Linears are filled in later
+    sources   who said which types the tokens have, in the calls so far: the argument that holds them, "ids",
+              "handed in", "an earlier graph" or "unknown", and that graph
+    others    parameters that other operations read, with the operation
+    origin    the record of the graph, if this is one more set of weights
+    model     the outermost module that was called
+    """
+
+    linears: list[tuple[LinearReport, WeakTensor | None]]
+    groups: list[GroupReport]
     config: QuantConfig
-    label: str = ""
+    packer: Packer
+    graph: GraphReport = field(default_factory=lambda: GraphReport(0))
+    sources: dict[tuple[str, str], GraphRecord | None] = field(default_factory=dict)
+    others: list[tuple[WeakTensor, str]] = field(default_factory=list)
+    origin: GraphRecord | None = None
+    model: weakref.ref[nn.Module] | None = None
+    _runner: weakref.ref[Callable[..., Any]] | None = None
 
     @staticmethod
     def of(
-        gm: GraphModule, inputs: dict[Node, Any], config: QuantConfig, packer: Packer
+        gm: GraphModule,
+        inputs: dict[Node, Any],
+        config: QuantConfig,
+        packer: Packer,
+        graph: GraphReport,
+        model: nn.Module | None,
     ) -> GraphRecord:
-        facts = facts_of(gm)
-        rows: list[tuple[LinearReport, weakref.ref[Tensor] | None]] = []
-        for linear in facts:
+        """The record of a rewritten graph."""
+        rows: list[tuple[LinearReport, WeakTensor | None]] = []
+        groups: dict[Any, GroupReport] = {}
+        for index, linear in enumerate(facts_of(gm)):
             weight = tensor_of(gm, linear.weight, inputs)
-            row = _row(linear, weight, config, packer)
+            transform = gm.meta[TRAILING_KEY].transforms.get(index)
+            row = _row(linear, weight, transform, config)
             rows.append((row, None if weight is None else weakref.ref(weight)))
-        groups: dict[Any, list[str]] = {}
-        for linear, (row, _) in zip(facts, rows, strict=True):
             if row.quantized:
-                groups.setdefault(_group_key(linear), []).append(row.name)
-        members = {names[0]: tuple(names) for names in groups.values()}
-        for row, _ in rows:
-            row.group = next((g for g, names in members.items() if row.name in names), "")
-        label = f"the graph with {facts[0].name}" if facts else "a graph without Linears"
-        return GraphRecord(rows, members, config, label)
+                key = (linear.x, id(linear.operands.get("left")) if linear.converted else None)
+                group = groups.setdefault(key, _group(linear, transform, row))
+                group.members = (*group.members, row.name)
+                row.group = group.name
+        return GraphRecord(
+            rows,
+            list(groups.values()),
+            config,
+            packer,
+            graph,
+            others=_others(gm, inputs),
+            model=None if model is None else weakref.ref(model),
+        )
+
+    def bound(
+        self, names: list[str], weights: list[WeakTensor | None], problem: tuple[str, Reason] | None
+    ) -> GraphRecord:
+        """The record of another set of weights in the same graph.
+
+        problem  the Linear that cannot run in it, and why; then none of them does
+        """
+        renamed = dict(zip((row.name for row, _ in self.linears), names, strict=True))
+        rows = []
+        for (row, _), weight in zip(self.linears, weights, strict=True):
+            name = renamed[row.name]
+            row = replace(row, name=name, group=renamed.get(row.group, ""))
+            if problem is not None and row.quantized:
+                beside, why = problem
+                if name != beside:
+                    why = reason(
+                        "beside", other=self.linears[0][0].name, beside=beside, problem=why
+                    )
+                row = _left_alone(row, why)
+            rows.append((row, weight))
+        groups = [
+            replace(group, name=renamed[group.name], members=tuple(map(renamed.get, group.members)))
+            for group in self.groups
+        ]
+        groups = [] if problem is not None else groups
+        return replace(self, linears=rows, groups=groups, origin=self.origin or self)
+
+    def notice(self, tokens: str, source: str, graph: GraphRecord | None = None) -> None:
+        """In one call, this is who said which types some tokens have."""
+        self.sources[tokens, source] = graph
+
+    def held_by(self, runner: Callable[..., Any]) -> None:
+        """The record goes when torch drops the compiled graph."""
+        self._runner = weakref.ref(runner)
+
+    @property
+    def is_alive(self) -> bool:
+        record = self.origin or self
+        return record._runner is None or record._runner() is not None
 
     def unexpected(self, config: QuantConfig) -> list[LinearReport]:
         """Linears left alone that the user did not leave out himself."""
-        expected = ("listed in QuantConfig.skip", "its weight is tied", TOWER_REASON)
         return [
             row
             for row, _ in self.linears
-            if row.reason is not None
-            and (not row.reason.startswith(expected) or matches(row.name, config.include))
+            if isinstance(row.reason, Reason)
+            and (row.reason.rule not in _EXPECTED or matches(row.name, config.include))
         ]
-
-
-def _group_key(linear: LinearFact) -> Any:
-    return (linear.x, id(linear.operands.get("left")) if linear.converted else None)
 
 
 def _row(
     linear: LinearFact,
     weight: Tensor | None,
+    transform: GroupTransform | None,
     config: QuantConfig,
-    packer: Packer,
 ) -> LinearReport:
     shape = (linear.num_outputs, linear.num_features)
     bytes_per_weight = 2 if weight is None or linear.converted else weight.element_size()
     row = LinearReport(
         linear.name,
         shape,
+        kind=_KINDS.get(linear.operation, linear.operation),
+        state=linear.state,
         type_source=linear.type_source,
+        precision=f"W4A{config.activation_bits}" if config.quantize else "transformed, not rounded",
         dense_bytes=shape[0] * shape[1] * bytes_per_weight,
     )
-    if linear.refusal is None and linear.converted:
+    if linear.refusal is not None:
+        row.precision = "-" if weight is None else str(weight.dtype).removeprefix("torch.")
+        return _left_alone(row, linear.refusal)
+    device = value_of(linear.x).device
+    row.engine, row.kernel = engine_of(device, config)
+    if linear.converted:
         operands = (linear.operands[f.name] for f in fields(PackedLinear))
         tensors = [value_of(node) for node in operands if isinstance(node, Node)]
-        row.packed_bytes = sum(t.numel() * t.element_size() for t in tensors)
-        width = sum(linear.operands["widths"])
-        row.engine_bytes = shape[0] * width * int(value_of(linear.operands["right"]).shape[-1])
-        row.plan = _converted_plan(linear)
-    elif linear.refusal is None and weight is not None:
-        dense = weight.detach().t() if linear.transposed else weight.detach()
-        transform = packer.transform(linear.name, dense)
-        if isinstance(transform, str):
-            linear.refusal = transform
-        else:
-            row.packed_bytes = _packed_bytes(transform, linear)
-            row.engine_bytes = shape[0] * transform.num_codes
-            row.plan = transform.plan
-    if linear.refusal is not None:
-        row.reason = linear.refusal
-        row.precision = "-" if weight is None else str(weight.dtype).removeprefix("torch.")
-        return row
-    row.state = linear.state
-    row.precision = (
-        f"W4A{config.activation_bits}" if config.quantize else "transformed, not rounded"
-    )
+        num_codes = sum(linear.operands["widths"]) * int(
+            value_of(linear.operands["right"]).shape[-1]
+        )
+    else:
+        assert transform is not None, "insert keeps the transform of what it replaces"
+        with torch.device("meta"):
+            packed = empty_packed(transform, shape[0], linear.bias is not None, config)
+        tensors, num_codes = list(packed.tensors().values()), transform.num_codes
+    row.packed_bytes = sum(t.numel() * t.element_size() for t in tensors)
+    if row.engine.startswith("onednn"):
+        row.engine_bytes = shape[0] * num_codes
     return row
 
 
-def _packed_bytes(transform: GroupTransform, linear: LinearFact) -> int:
-    """Bytes of the operands that ``pack_linear`` will make of a dense Linear."""
-    words = -(-transform.num_codes // CODES_PER_WORD)
-    table_rows = 0 if transform.shift is None and linear.bias is None else transform.num_rows
-    rank = 0 if transform.lowrank is None else transform.lowrank.shape[1]
-    per_output = 4 * (words + len(transform.widths) + table_rows) + rank
-    return linear.num_outputs * per_output + 4 * rank
+def _left_alone(row: LinearReport, why: str) -> LinearReport:
+    return replace(
+        row,
+        state="",
+        plan="",
+        group="",
+        engine="",
+        kernel="",
+        packed_bytes=0,
+        engine_bytes=0,
+        reason=why,
+        way_out=why.way_out if isinstance(why, Reason) else None,
+    )
+
+
+def _group(linear: LinearFact, transform: GroupTransform | None, row: LinearReport) -> GroupReport:
+    if transform is not None:
+        left, right, lowrank = transform.left, transform.right, transform.lowrank
+        widths, plan = transform.widths, transform.plan
+    else:
+        operands = linear.operands
+        left, right = value_of(operands["left"]), value_of(operands["right"])
+        lowrank = (
+            operands["lowrank"] if operands["lowrank"] is None else value_of(operands["lowrank"])
+        )
+        widths, plan = tuple(operands["widths"]), _converted_plan(linear)
+    return GroupReport(
+        row.name,
+        (),
+        plan,
+        tuple(map(int, left.shape)),
+        tuple(map(int, right.shape[1:])),
+        0 if lowrank is None else int(lowrank.shape[1]),
+        tuple(widths),
+    )
 
 
 def _converted_plan(linear: LinearFact) -> str:
@@ -126,32 +227,55 @@ def _converted_plan(linear: LinearFact) -> str:
     if o["lowrank"] is not None:
         return "branch"
     if len(o["widths"]) > 1:
-        return "duplicate" if len(set(o["widths"])) == 1 and _is_full(linear) else "paper"
+        is_full = int(o["widths"][0]) == int(value_of(o["left"]).shape[0])
+        return "duplicate" if len(set(o["widths"])) == 1 and is_full else "paper"
     return "single" if o["shift"] is None else "shift"
 
 
-def _is_full(linear: LinearFact) -> bool:
-    return int(linear.operands["widths"][0]) == int(value_of(linear.operands["left"]).shape[0])
+def _others(gm: GraphModule, inputs: dict[Node, Any]) -> list[tuple[WeakTensor, str]]:
+    """Matrices of the model that something else than a Linear reads, each with the operation."""
+    found = []
+    linears = {linear.weight for linear in facts_of(gm)}
+    for node in gm.graph.nodes:
+        if node.op not in ("placeholder", "get_attr") or node in linears or not is_own(node):
+            continue
+        tensor = tensor_of(gm, node, inputs)
+        if tensor is not None and tensor.dim() == 2 and node.users:
+            found.append((weakref.ref(tensor), op_name(next(iter(node.users)))))
+    return found
+
+
+# ------------------------------------------------------------------------------------- the log
+
+# Oldest first. A graph that is gone (``torch.compiler.reset``) is dropped.
+_log: deque[GraphRecord] = deque(maxlen=4096)
+_collecting: list[list[GraphRecord]] = []
 
 
 def record(graph: GraphRecord) -> None:
     _log.append(graph)
+    for found in _collecting:
+        found.append(graph)
 
 
 @contextlib.contextmanager
 def collected() -> Iterator[list[GraphRecord]]:
     """The graphs that are recorded inside this context."""
     found: list[GraphRecord] = []
-    start = len(_log)
-    last = _log[-1] if _log else None
-    yield found
-    records = list(_log)
-    at = next((i for i in reversed(range(len(records))) if records[i] is last), -1)
-    found += records[at + 1 :] if last is not None else records[start:]
+    _collecting.append(found)
+    try:
+        yield found
+    finally:
+        # By identity: two empty lists are equal.
+        _collecting[:] = [other for other in _collecting if other is not found]
 
 
 def logged() -> list[GraphRecord]:
-    return list(_log)
+    """The graphs that torch still has."""
+    alive = [graph for graph in _log if graph.is_alive]
+    _log.clear()
+    _log.extend(alive)
+    return alive
 
 
 def paths_of(model: nn.Module) -> dict[int, list[str]]:
@@ -164,83 +288,3 @@ def paths_of(model: nn.Module) -> dict[int, list[str]]:
             if own is not None:
                 found.setdefault(id(own), []).append(name)
     return {**tables, **paths}
-
-
-def model_report(model: nn.Module, graphs: list[GraphRecord]) -> Report:
-    """One row per Linear of the model, in model order; a Linear in several graphs is listed once.
-
-    Weights are matched by identity, so the names are the model's whatever frame Dynamo saw them in.
-    """
-    paths = paths_of(model)
-    report = Report(model=_model_facts(model), environment=_environment(model))
-    rows: dict[str, LinearReport] = {}
-    groups: dict[str, GroupReport] = {}
-    for graph in graphs:
-        # A weight that is gone belonged to another model, or to this one before it was changed.
-        alive = [(row, None if weight is None else weight()) for row, weight in graph.linears]
-        mine = [(row, paths[id(tensor)]) for row, tensor in alive if id(tensor) in paths]
-        if not mine and any(weight is not None for _, weight in graph.linears):
-            continue
-        mine += [(row, [row.name]) for row, weight in graph.linears if weight is None]
-        if not mine:
-            continue
-        index = len(report.graphs)
-        aliases = {row.name: names for row, names in mine}
-        members = {
-            aliases.get(group, [group])[0]: tuple(
-                n for name in names for n in aliases.get(name, [name])
-            )
-            for group, names in graph.members.items()
-        }
-        for row, names in mine:
-            group = aliases.get(row.group, [row.group])[0]
-            for name in names:
-                seen = rows[name].graphs if name in rows else ()
-                rows[name] = replace(row, name=name, group=group, graphs=(*seen, index))
-        for group, names in members.items():
-            groups[group] = GroupReport(group, names, plan=rows[group].plan)
-        linears = tuple(name for _, names in mine for name in names)
-        report.graphs.append(GraphReport(index, graph.label, linears))
-        report.config, report.type_names = graph.config.to_dict(), graph.config.type_names
-    for name, module in model.named_modules():
-        if name in rows:
-            report.linears.append(rows.pop(name))
-        elif isinstance(module, nn.Linear) or type(module).__name__ == "FreeActLinear":
-            shape = (int(module.out_features), int(module.in_features))
-            dtype = getattr(getattr(module, "weight", None), "dtype", torch.float32)
-            report.linears.append(
-                LinearReport(
-                    name,
-                    shape,
-                    precision=str(dtype).removeprefix("torch."),
-                    reason="no graph has it: these inputs do not reach it, or its module calls its weight itself",
-                )
-            )
-    report.linears += rows.values()
-    used = {row.group for row in report.linears}
-    report.groups = [group for name, group in groups.items() if name in used]
-    return report
-
-
-def _model_facts(model: nn.Module) -> dict[str, Any]:
-    return {
-        "class": type(model).__name__,
-        "num_parameters": sum(p.numel() for p in model.parameters()),
-    }
-
-
-def _environment(model: nn.Module) -> dict[str, Any]:
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), "cpu")
-    return {
-        "freeact_fx": _version("freeact-fx"),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "device": str(device),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

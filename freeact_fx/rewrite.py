@@ -66,7 +66,7 @@ def rewrite(
 
     Raises ConfigError for a module in training mode and UnsupportedLinear under ``strict=True``.
     """
-    from . import report_log
+    from . import model_report, report_log
     from .backend import check_inference, quantise_graph
     from .options import Options
     from .runner import Runner
@@ -84,4 +84,4 @@ def rewrite(
     with report_log.collected() as graphs:
         runner = quantise_graph(gm, example_inputs, chosen, graph_module.forward)
     assert isinstance(runner, Runner)
-    return RewrittenModule(gm, runner, report_log.model_report(graph_module, graphs))
+    return RewrittenModule(gm, runner, model_report.model_report(graph_module, graphs))

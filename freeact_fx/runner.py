@@ -19,15 +19,19 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .bindings import Bindings
 from .config import QuantConfig
 from .errors import ConfigError
+from .report_log import GraphRecord
 from .token_types import TokenTypes, check_type_range, explicit_types
 
-# Hidden states that left a graph -> (their version, the types of their tokens).
+# Hidden states that left a graph -> (their version, the types of their tokens, the graph's record).
 _recorded: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# The same of a dry run, which knows no types: (version, record).
+_left_dry: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # Type tensors whose numbers are known to be in range, by version: checking waits for the device, so it is done once.
 _checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class _Root(Protocol):
+    name: str
     shape: Callable[[Sequence[Any]], tuple[int, ...]]
     device: torch.device
     is_ids: bool
@@ -62,6 +66,8 @@ class Runner:
         operands = self.bindings.pack(binding, args)
         extra: list[Any] = []
         unknown: list[_Root] = []
+        for root in self.trailing.roots:
+            self._notice(root, args)
         for kind, what, *name in self.trailing.feeds:
             if kind in ("transform", "packed"):
                 found = operands[what]
@@ -71,10 +77,12 @@ class Runner:
             elif kind == "explicit":
                 extra.append(self._explicit(what, args))
             else:
-                types = self._recorded(what, args)
-                if types is None and explicit_types() is None:
+                found = self._recorded(what, args)
+                if found is None and explicit_types() is None:
                     unknown.append(what)
-                extra.append(_no_types(what.shape(args), what.device) if types is None else types)
+                extra.append(
+                    _no_types(what.shape(args), what.device) if found is None else found[0]
+                )
         if any(root.is_needed for root in unknown):
             self._warn_default()
         with torch.no_grad():
@@ -86,11 +94,23 @@ class Runner:
             self.trailing.recorded, outputs[self.trailing.num_outputs :], strict=True
         ):
             # Types that rest on nothing must not be taken for known ones by the next graph.
-            if isinstance(own[position], Tensor) and not any(
-                r is u for r in roots for u in unknown
-            ):
-                _recorded[own[position]] = (_version(own[position]), types)
+            if isinstance(own[position], Tensor) and not _among(roots, unknown):
+                version = _version(own[position])
+                _recorded[own[position]] = (version, types, self.bindings.report)
         return own
+
+    def _notice(self, root: _Root, args: Sequence[Any]) -> None:
+        """Tell the report who says which types the tokens of a root have."""
+        report = self.bindings.report
+        given = explicit_types()
+        if given is not None and tuple(given.shape) == root.shape(args):
+            report.notice(root.name, "handed in")
+        elif root.is_ids:
+            report.notice(root.name, "ids")
+        elif (found := self._recorded(root, args)) is not None:
+            report.notice(root.name, "an earlier graph", found[1])
+        elif root.is_needed:
+            report.notice(root.name, "unknown")
 
     def _explicit(self, root: _Root, args: Sequence[Any]) -> Tensor:
         """Types that an enclosing ``token_types`` hands in, [B, T] int32; -1 where there are none."""
@@ -111,13 +131,15 @@ class Runner:
             _checked[types] = version
         return types.to(root.device)
 
-    def _recorded(self, root: _Root, args: Sequence[Any]) -> Tensor | None:
-        """Types [B, T] int32 that an earlier graph recorded for the hidden states that come in, or None."""
+    def _recorded(
+        self, root: _Root, args: Sequence[Any]
+    ) -> tuple[Tensor | None, GraphRecord] | None:
+        """Types [B, T] int32 that an earlier graph recorded for the hidden states that come in, and that graph."""
         shape = root.shape(args)
         for holder in root.holders:
-            version, types = _recorded.get(args[holder], (None, None))
+            version, types, record = _recorded.get(args[holder], (None, None, None))
             if version == _version(args[holder]) and tuple(types.shape) == shape:
-                return types
+                return types, record
         return None
 
     def _warn_default(self) -> None:
@@ -133,6 +155,39 @@ class Runner:
             f"inside freeact_fx.token_types(types).",
             stacklevel=3,
         )
+
+
+class DryRunner(Runner):
+    """Runs the graph as it was, and tells the report what ``Runner`` would have found out."""
+
+    def __call__(self, *args: Any) -> Any:
+        self.bindings.of(args)
+        unknown: list[_Root] = []
+        for root in self.trailing.roots:
+            self._explicit(root, args)
+            self._notice(root, args)
+            known = root.is_ids or explicit_types() is not None
+            if not known and self._recorded(root, args) is None:
+                unknown.append(root)
+        outputs = self.original(*args)
+        for position, roots in self.trailing.recorded:
+            tensor = outputs[position]
+            if isinstance(tensor, Tensor) and not _among(roots, unknown):
+                _left_dry[tensor] = (_version(tensor), self.bindings.report)
+        return outputs
+
+    def _recorded(
+        self, root: _Root, args: Sequence[Any]
+    ) -> tuple[Tensor | None, GraphRecord] | None:
+        for holder in root.holders:
+            version, record = _left_dry.get(args[holder], (None, None))
+            if record is not None and version == _version(args[holder]):
+                return None, record
+        return None
+
+
+def _among(roots: Sequence[_Root], others: Sequence[_Root]) -> bool:
+    return any(root is other for root in roots for other in others)
 
 
 def _version(tensor: Tensor) -> int:

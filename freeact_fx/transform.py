@@ -7,6 +7,7 @@ one ``PackedLinear``, made from the dense weight by ``pack_linear``. The activat
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .config import PLANS, QuantConfig
+from .reasons import Reason, reason
 from .reference import branch_codes, branch_columns, pack_int4
 
 MIN_FEATURES = 32
@@ -45,18 +47,18 @@ def kronecker_shape(num_features: int) -> tuple[int, int] | None:
     return min(shapes, key=lambda s: (cost[s], s[0] + s[1]), default=None)
 
 
-def illegal_features_reason(num_features: int) -> str | None:
+def illegal_features_reason(num_features: int) -> Reason | None:
     """Why a Linear with this many in features cannot be quantised, or None if it can."""
     if num_features < MIN_FEATURES:
-        return f"in_features must be at least {MIN_FEATURES} for a transform to help, got {num_features}"
+        return reason("few_features", least=MIN_FEATURES, num_features=num_features)
+    if kronecker_shape(num_features) is not None:
+        return None
+    if num_features > MAX_FACTOR**2:
+        return reason("many_features", most=MAX_FACTOR**2, num_features=num_features)
+    legal = next(width for width in itertools.count(num_features) if kronecker_shape(width))
     if num_features % 2:
-        return f"in_features must be even to pack two 4-bit codes per byte, got {num_features}"
-    if kronecker_shape(num_features) is None:
-        return (
-            f"in_features needs a Kronecker shape D1 x D2 with both factors in 2..{MAX_FACTOR}, and "
-            f"{num_features} has none"
-        )
-    return None
+        return reason("odd_features", num_features=num_features, legal=legal)
+    return reason("no_factors", most=MAX_FACTOR, num_features=num_features, legal=legal)
 
 
 @dataclass(frozen=True)

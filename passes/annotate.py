@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from freeact_fx.config import QuantConfig
-from freeact_fx.eligibility import TOWER_REASON, is_tower_name, matches
+from freeact_fx.eligibility import is_tower_name, matches
+from freeact_fx.reasons import reason
 from freeact_fx.token_types import TokenTypes
 
 from .layouts import is_one, layout_of_axes
@@ -57,6 +58,9 @@ from .roots import (
 )
 from .token_rules import RULES, assign, pointwise_lost, refines, shape_of
 
+# Ends the source of types that no one graph can tell; a call knows more (``Runner``).
+FROM_OUTSIDE = "otherwise as token_types() or an earlier graph says"
+
 _MASK_VIEWS = frozenset(
     "unsqueeze expand expand_as to bool view reshape contiguous clone squeeze type broadcast_to".split()
 )
@@ -84,7 +88,7 @@ def annotate_token_types(
             if not (
                 config.vision_tower or matches(linear.name, config.include) or linear.converted
             ):
-                linear.refusal = linear.refusal or TOWER_REASON
+                linear.refusal = linear.refusal or reason("tower")
         elif isinstance(fact, TokenFact) and fact.layout and not fact.layout[-1]:
             linear.types = fact
             claims = describe(fact.expr, config.token_types)
@@ -107,7 +111,7 @@ def _source(claims: list[str], expr: TypeExpr, config: QuantConfig) -> str:
     if not claims:
         claims = [f"default: {config.type_names[0]}"]
     if not all(root.is_ids for root in roots_of(expr)):
-        claims = [*claims, "otherwise as token_types() or an earlier graph says"]
+        claims = [*claims, FROM_OUTSIDE]
     return "; ".join(claims)
 
 
@@ -115,15 +119,17 @@ def describe(expr: TypeExpr, token_types: TokenTypes) -> list[str]:
     """The sources behind a recipe, in words, first to last; empty if there is none."""
     if expr.op == "tokens":
         root: Root = expr.args[0]
-        ids = [i for t in token_types.types for i in t.token_ids]
-        if not root.is_ids or not ids:
-            return []
-        return [f"{qualified_name(root.node)} == {' | '.join(map(str, ids))}"]
+        name = qualified_name(root.node)
+        return [
+            f"{name} == {' | '.join(map(str, t.token_ids))} -> {t.name}"
+            for t in token_types.types
+            if root.is_ids and t.token_ids
+        ]
     if expr.op == "merge":
         previous, _, _, index, _, source, _ = expr.args
         return [*describe(previous, token_types), f"{source} -> {token_types.types[index].name}"]
     if expr.op == "constant":
-        return [f"{token_types.types[expr.args[1]].name}: arm of a where on {expr.args[2]}"]
+        return [f"{expr.args[2]} -> arm of where -> {token_types.types[expr.args[1]].name}"]
     if expr.op == "cat":
         return [c for part in expr.args[1:] for c in describe(part, token_types)]
     return describe(expr.args[0], token_types)
@@ -248,7 +254,8 @@ class _Sweep:
             return Lost(f"{name} ({node.name}): its mask does not line up with the tokens")
         if not origin.moved and self._already_claimed(before.expr, origin.node, index):
             return before
-        arguments = (before.expr, mask, layout, index, not where_true, f"{source} -> {name}", named)
+        chain = " -> ".join((source, *origin.path, name))
+        arguments = (before.expr, mask, layout, index, not where_true, chain, named)
         return TokenFact(TypeExpr("merge", arguments, before.expr.axes), before.layout)
 
     def _buffer_fact(self, node: Node) -> Fact:
@@ -273,7 +280,8 @@ class _Sweep:
         """The type that a merge under a mask makes, the mask in words, and True if its ids are declared."""
         ids = _compared_ids(origin)
         if ids:
-            text = " | ".join(f"eq({qualified_name(node)}, {i})" for node, i in ids)
+            comparison = "ne" if op_name(origin) in ("ne", "__ne__") else "eq"
+            text = " | ".join(f"{comparison}({qualified_name(node)}, {i})" for node, i in ids)
             claimed = {self.token_types.index_of_id(i) for _, i in ids}
             if claimed == {None} and self.token_types.merge_index is not None:
                 return self.token_types.merge_index, text, False
@@ -351,16 +359,19 @@ def _has_own_tokens(node: Node, fact: TokenFact) -> bool:
 
 
 class _Origin(NamedTuple):
-    """What a mask is made of; ``negated``: it is true where that is false; ``moved``: its elements moved."""
+    """What a mask is made of; ``negated``: it is true where that is false; ``moved``: its elements moved; ``path``: the
+    operations from there to the mask."""
 
     node: Node
     negated: bool
     moved: bool
+    path: tuple[str, ...]
 
 
 def _mask_origin(mask: Node) -> _Origin:
     """Follow views, slices and negations back to what a mask is made of."""
     negated = moved = False
+    path: list[str] = []
     while (
         mask.op in ("call_function", "call_method") and mask.args and isinstance(mask.args[0], Node)
     ):
@@ -371,8 +382,9 @@ def _mask_origin(mask: Node) -> _Origin:
             moved = moved or not _only_adds_dimensions(mask)
         elif name not in _MASK_VIEWS:
             break
+        path.insert(0, name.strip("_"))
         mask = mask.args[0]
-    return _Origin(mask, negated != (op_name(mask) in ("ne", "__ne__")), moved)
+    return _Origin(mask, negated != (op_name(mask) in ("ne", "__ne__")), moved, tuple(path))
 
 
 def _only_adds_dimensions(node: Node) -> bool:

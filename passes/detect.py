@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from freeact_fx.config import QuantConfig
-from freeact_fx.eligibility import LEFT_DENSE_REASON, ineligible_reason, matches
+from freeact_fx.eligibility import ineligible_reason, matches
+from freeact_fx.reasons import Reason, reason
 
 from .node_facts import (
     LINEAR_KEY,
@@ -59,7 +60,7 @@ def detect_linears(
             tied = fact.weight in tables or any(weight is t for t in tables.values())
             fact.refusal = _refusal(fact, weight, tied, config)
             if fact.refusal is None and converted and not matches(fact.name, config.include):
-                fact.refusal = LEFT_DENSE_REASON
+                fact.refusal = reason("left_dense")
         node.meta[LINEAR_KEY] = fact
     gm.meta[LINEARS_KEY] = [fact for _, fact in linears_of(gm)]
     gm.graph.lint()
@@ -92,7 +93,9 @@ def _linear_fact(
         x, weight = operands["x"], operands["weight"]
         num_outputs, num_features = value_of(weight).shape[0], value_of(x).shape[-1]
         name = _module_name(node, weight, tensor_of(gm, weight, inputs), paths)
-        return LinearFact(name, num_features, num_outputs, x, weight, operands=operands)
+        return LinearFact(
+            name, num_features, num_outputs, x, weight, operation="converted", operands=operands
+        )
     op = op_name(node)
     bias: Any = None
     transposed = True
@@ -126,7 +129,7 @@ def _linear_fact(
     num_outputs, num_features = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
     bias = bias if isinstance(bias, Node) else None
     name = _module_name(node, weight, tensor_of(gm, weight, inputs), paths)
-    return LinearFact(name, num_features, num_outputs, x, weight, bias, transposed)
+    return LinearFact(name, num_features, num_outputs, x, weight, bias, transposed, op)
 
 
 def _is_transformed(x: Node) -> bool:
@@ -167,13 +170,13 @@ def _module_name(node: Node, weight: Node, tensor: Tensor | None, paths: Mapping
 
 def _refusal(
     fact: LinearFact, weight: Tensor | None, tied: bool, config: QuantConfig
-) -> str | None:
+) -> Reason | None:
     if weight is None:
         if fact.weight.op not in ("placeholder", "get_attr"):
-            return f"its weight is computed in the graph ({fact.weight.name}), not a parameter"
-        return "its weight is not there to pack (an input without a value)"
+            return reason("computed_weight", node=fact.weight.name)
+        return reason("no_value")
     if fact.bias is not None and fact.bias.op not in ("placeholder", "get_attr"):
-        return f"its bias is computed in the graph ({fact.bias.name}), not a parameter"
+        return reason("computed_bias", node=fact.bias.name)
     return ineligible_reason(
         fact.name, int(weight.shape[0 if fact.transposed else 1]), weight, tied, config
     )

@@ -36,6 +36,7 @@ KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
 class RootInput:
     """What the runner has to know of a root.
 
+    name       the argument that holds the ids, or the hidden states
     shape      of its type tensor, from the arguments of a call
     device     of its type tensor
     is_ids     its types show in ids; False: in what an earlier graph recorded for one of ``holders``
@@ -43,6 +44,7 @@ class RootInput:
     is_needed  a Linear's types rest on it alone, no merge says more
     """
 
+    name: str
     shape: SizeReader
     device: torch.device
     is_ids: bool
@@ -175,6 +177,8 @@ class Editor:
     def tensor_input(self, name: str, tensor: Tensor, feed: tuple[Any, ...]) -> Node:
         """A trailing placeholder for a tensor of ours; one per tensor."""
         if id(tensor) not in self._tensors:
-            fake = self.fake_mode.from_tensor(tensor, static_shapes=True)
+            fake = tensor  # of a dry run
+            if not isinstance(tensor, torch._subclasses.FakeTensor):
+                fake = self.fake_mode.from_tensor(tensor, static_shapes=True)
             self._tensors[id(tensor)] = (tensor, self.placeholder(name, fake, feed))
         return self._tensors[id(tensor)][1]

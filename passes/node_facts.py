@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from freeact_fx.reasons import Reason
+
 LINEAR_KEY = "freeact_linear"
 TOKENS_KEY = "freeact_tokens"
 LINEARS_KEY = "freeact_linears"
@@ -235,6 +237,7 @@ class LinearFact:
     x             the activation node
     weight, bias  nodes of the dense parameters (weight is [K, N] if ``transposed``); of a converted Linear weight
                   is the packed one
+    operation     "linear", "addmm", "mm", "matmul" or "converted"
     operands      of a converted Linear: argument nodes of ``freeact::linear`` by name; empty otherwise
     refusal       why it is left alone, or None
     state         "typed", "default" or "refused" (annotate)
@@ -250,8 +253,9 @@ class LinearFact:
     weight: Node
     bias: Node | None = None
     transposed: bool = False
+    operation: str = "linear"
     operands: dict[str, Any] = field(default_factory=dict)
-    refusal: str | None = None
+    refusal: Reason | None = None
     state: str = "default"
     type_source: str = ""
     types: TokenFact | None = None

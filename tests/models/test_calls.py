@@ -68,7 +68,7 @@ def test_a_decode_step_is_all_default_and_shares_the_packed_weights() -> None:
     states = {f.state for g in recorder.graphs[1:] for f in g.linears}
     # By its id a token could be of a type; there is none in sight otherwise.
     assert states == {"typed"}
-    assert recorder.graphs[1].linears[0].type_source == f"input_ids == {MASK_ID}"
+    assert recorder.graphs[1].linears[0].type_source == f"input_ids == {MASK_ID} -> masked"
 
 
 @torch.compiler.disable

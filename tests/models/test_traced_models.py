@@ -17,9 +17,9 @@ from tracing import QUANTISED, Trace, expected_types, groups_of, traced
 
 from freeact_fx.passes.node_facts import op_name
 
-TOWER = "computes what is merged into the embeddings; set QuantConfig.vision_tower=True"
+TOWER = "computes what is merged into the embeddings"
 SKIPPED = "listed in QuantConfig.skip ['lm_head']"
-TIED = "its weight is tied to an embedding; list it in QuantConfig.include to quantise it"
+TIED = "its weight is tied to an embedding"
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def test_the_source_of_the_types_is_told(name: str) -> None:
     merged = f"eq(input_ids, 500) -> masked_scatter -> vision; {crossed}"
     in_graph = EXPECTED["smolvlm"].graphs == (8, 6)
     declared = {"qwen2.5-vl": crossed, "smolvlm": merged if in_graph else crossed}
-    assert declared.get(name, "input_ids == 500; first position") in sources
+    assert declared.get(name, "input_ids == 500 -> vision; first position") in sources
 
 
 def test_kinds_and_expectations_agree() -> None:

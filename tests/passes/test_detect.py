@@ -117,12 +117,11 @@ class Odd(nn.Module):
 REASONS = {
     "fine": None,
     "lm_head": SKIPPED,
-    "tied": "its weight is tied to an embedding; list it in QuantConfig.include to quantise it",
-    "narrow": "in_features must be at least 32 for a transform to help, got 16; pad the layer",
-    "odd": "in_features must be even to pack two 4-bit codes per byte, got 33; pad the layer",
-    "prime": "in_features needs a Kronecker shape D1 x D2 with both factors in 2..256, and 514 has none; "
-    "pad the layer",
-    "in_fp64": "weights must be float32, bfloat16 or float16, got torch.float64; cast the layer",
+    "tied": "its weight is tied to an embedding",
+    "narrow": "in_features must be at least 32 for a transform to help, got 16",
+    "odd": "in_features must be even to pack two 4-bit codes per byte, got 33",
+    "prime": "in_features needs a Kronecker shape D1 x D2 with both factors in 2..256, and 514 has none",
+    "in_fp64": "weights must be float32, bfloat16 or float16, got torch.float64",
     "biased": "its bias is computed in the graph (mul), not a parameter",
 }
 

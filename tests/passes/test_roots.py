@@ -94,7 +94,7 @@ def test_the_vocabulary_is_told_from_other_tables(name: str, rows: int) -> None:
     function, args = WHICH[name]
     seen, recorder = run(model_of(function, rows), *args)
     assert types_of(seen["first"]) == masked(ids())
-    assert recorder.facts["first"].type_source == "input_ids == 9"
+    assert recorder.facts["first"].type_source == "input_ids == 9 -> masked"
 
 
 def test_arguments_behind_a_wrapper_keep_their_names() -> None:
@@ -106,7 +106,7 @@ def test_arguments_behind_a_wrapper_keep_their_names() -> None:
     wrapped.__wrapped__ = given_positions  # type: ignore[attr-defined]
     seen, recorder = run(model_of(wrapped), ids(), POSITIONS)
     assert types_of(seen["first"]) == masked(ids())
-    assert recorder.facts["first"].type_source == "input_ids == 9"
+    assert recorder.facts["first"].type_source == "input_ids == 9 -> masked"
 
 
 # ------------------------------------------------------------------------------------- views, copies, changes of ids
@@ -366,7 +366,7 @@ def test_the_first_position_is_known(name: str) -> None:
     function, rest, positions = KNOWN[name]
     seen, recorder = run(model_of(function), ids(), *rest, sink="first")
     assert all(types_of(s) == with_first(ids(), positions) for s in seen.values())
-    assert recorder.facts["first"].type_source == "input_ids == 9; first position"
+    assert recorder.facts["first"].type_source == "input_ids == 9 -> masked; first position"
 
 
 def no_attention(m: Any, input_ids: Tensor) -> Tensor:
@@ -460,7 +460,7 @@ def test_a_decode_step_of_one_token_has_no_first_position(name: str) -> None:
     tokens = torch.tensor([[3], [4], [3], [4]])
     seen, recorder = run(model_of(function), tokens, *rest, sink="first")
     assert all(types_of(s) == [[0]] * B for s in seen.values())
-    assert recorder.facts["first"].type_source == "input_ids == 9"
+    assert recorder.facts["first"].type_source == "input_ids == 9 -> masked"
 
 
 def test_a_prompt_of_one_token_has_one() -> None:

@@ -1,0 +1,22 @@
+"""Which engine multiplies the codes of a quantised Linear: the one place that says so."""
+
+from __future__ import annotations
+
+import torch
+
+from .config import QuantConfig
+
+
+def engine_of(device: torch.device, config: QuantConfig) -> tuple[str, str]:
+    """The engine of a device, and the kernel that ``int_mm`` is there; what ``ops`` and ``codegen`` do."""
+    if not config.quantize:
+        return "float32", "aten.linear"
+    if device.type == "meta":
+        return "that of the device", "freeact.int_mm"
+    if device.type != "cpu":
+        return "float64", "reference.int_mm"
+    if config.activation_bits == "e4m3":
+        return "float32", "aten.mm"
+    if not torch.backends.mkldnn.is_available():
+        return "float64", "reference.int_mm"
+    return "onednn u8s8", "onednn.qlinear_pointwise"
