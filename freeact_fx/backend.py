@@ -24,6 +24,7 @@ from .config import QuantConfig
 from .convert import FreeActLinear
 from .errors import ConfigError, UnsupportedLinear
 from .graph_text import readable
+from .logs import Watch
 from .options import Options
 from .packing import Packer, ShapePacker
 from .passes.annotate import annotate_token_types
@@ -79,25 +80,30 @@ def quantise_graph(
     packer = _packer(gm, config, chosen)
     graph = compat.origin_of(gm)
     graph.num_nodes_before = len(gm.graph.nodes)
+    watch = Watch(gm, chosen.inductor)
 
     # Which Linears there are, and which may be quantised.
     paths = compat.module_paths(example_inputs)
-    gm = detect_linears(
-        gm, inputs=inputs, config=config, paths=paths, converted=_is_of_converted_model(gm)
-    )
+    with watch.step("detect"):
+        gm = detect_linears(
+            gm, inputs=inputs, config=config, paths=paths, converted=_is_of_converted_model(gm)
+        )
     # Which tokens they see; facts only, so that a rule never meets a half-edited graph.
-    gm = annotate_token_types(gm, inputs=inputs, config=config)
+    with watch.step("annotate"):
+        gm = annotate_token_types(gm, inputs=inputs, config=config)
     graph.label = _label(gm)
     graph.before = readable(gm) if chosen.code else None
     # The one edit: one transform per group, one integer product per Linear, epilogues as plain pointwise nodes.
-    gm = insert_freeact_ops(
-        gm, inputs=inputs, config=config, operands=_operands_of(gm, inputs, packer)
-    )
+    with watch.step("insert"):
+        gm = insert_freeact_ops(
+            gm, inputs=inputs, config=config, operands=_operands_of(gm, inputs, packer)
+        )
     if "engine" in chosen.bypass:
         use_reference_product(gm)
     graph.num_nodes_after = len(gm.graph.nodes)
     graph.after = readable(gm) if chosen.code else None
     report = GraphRecord.of(gm, inputs, config, packer, graph, compat.outermost_module())
+    watch.finish(report)
     if config.strict and not chosen.dry_run:
         _raise_on_refusals(report, config)
 

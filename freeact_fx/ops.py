@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import reference
+from .profiler_names import named_after_linear
 
 
 @torch.library.custom_op("freeact::transform_quantize", mutates_args=())
@@ -186,6 +187,7 @@ def _version(tensor: Tensor) -> tuple[int, int]:
 
 
 @int_mm.register_kernel("cpu")
+@named_after_linear
 def _int_mm_cpu(codes: Tensor, weight: Tensor) -> Tensor:
     if codes.dtype != torch.int8 or not torch.backends.mkldnn.is_available():
         return int_mm._init_fn(codes, weight)
@@ -313,6 +315,7 @@ def _transform_quantize_cuda(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 @int_mm.register_kernel("cuda")
+@named_after_linear
 def _int_mm_cuda(codes: Tensor, weight: Tensor) -> Tensor:
     from .codegen import engine_ops
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .bindings import Bindings
+from .bindings import Binding, Bindings
 from .config import QuantConfig
 from .errors import ConfigError
+from .profiler_names import named_graph
 from .report_log import GraphRecord
 from .token_types import TokenTypes, check_type_range, explicit_types
 
@@ -85,7 +86,7 @@ class Runner:
                 )
         if any(root.is_needed for root in unknown):
             self._warn_default()
-        with torch.no_grad():
+        with named_graph(lambda: self._named_weights(binding, operands, args)), torch.no_grad():
             outputs = self.compiled(*args, *extra)
         if not self.trailing.recorded:
             return outputs
@@ -111,6 +112,16 @@ class Runner:
             report.notice(root.name, "an earlier graph", found[1])
         elif root.is_needed:
             report.notice(root.name, "unknown")
+
+    def _named_weights(
+        self, binding: Binding, operands: Sequence[Any], args: Sequence[Any]
+    ) -> list[tuple[str, Tensor]]:
+        """The packed weight of each Linear that this call multiplies with."""
+        weights = [
+            found[1].weight if isinstance(found, tuple) else place.parameters(args)[0]
+            for place, found in zip(self.bindings.places, operands, strict=True)
+        ]
+        return [(n, w) for n, w in zip(binding.names, weights, strict=True) if w is not None]
 
     def _explicit(self, root: _Root, args: Sequence[Any]) -> Tensor:
         """Types that an enclosing ``token_types`` hands in, [B, T] int32; -1 where there are none."""
