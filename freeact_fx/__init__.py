@@ -16,18 +16,22 @@ from .calibrate import calibrate
 from .checkpoint import Checkpoint
 from .config import QuantConfig
 from .convert import FreeActLinear, convert
+from .converted import load_converted, save_converted
 from .errors import CheckpointError, ConfigError, UnsupportedLinear
 from .explain import explain
 from .mask_collator import MaskCollator
 from .report import LinearReport, Report
 from .rewrite import rewrite
 from .token_types import TokenType, TokenTypes, token_types
+from .verification import Finding, Verification
+from .verify import verify
 
 __version__ = "0.1.0"
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "ConfigError",
+    "Finding",
     "FreeActLinear",
     "LinearReport",
     "MaskCollator",
@@ -36,9 +40,13 @@ __all__ = [
     "TokenType",
     "TokenTypes",
     "UnsupportedLinear",
+    "Verification",
     "calibrate",
     "convert",
     "explain",
+    "load_converted",
     "rewrite",
+    "save_converted",
     "token_types",
+    "verify",
 ]
