@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from freeact_fx import timing
+from freeact_fx.doctor import cpu_name
 from freeact_fx.timing import Timing
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -40,7 +41,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def environment() -> dict[str, Any]:
     """Hardware, versions and commit, as every result carries them."""
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "num_threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -48,15 +49,6 @@ def environment() -> dict[str, Any]:
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str:

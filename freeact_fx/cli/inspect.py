@@ -1,0 +1,127 @@
+"""``freeact explain``: a report of what MODEL names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from freeact_fx.eligibility import matches
+from freeact_fx.report import Report
+
+from .console import working
+from .models import Quantisation, Source
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from freeact_fx import TokenTypes
+
+
+# Rules of ``reasons`` for Linears that were left out by name, or by what they are.
+_ON_PURPOSE = ("skipped", "tied", "tower", "left_dense")
+
+
+@dataclass(frozen=True)
+class WantedInputs:
+    """The options that say what a model is called with."""
+
+    text: str | None
+    num_tokens: int | None
+    batch: int
+    image: Path | None
+    file: Path | None
+
+    def make(self, model: nn.Module, source: Source, types: TokenTypes) -> dict[str, Any]:
+        from freeact_fx.errors import ConfigError
+        from freeact_fx.model_inputs import load_batches, make_inputs
+
+        if self.file is not None:
+            inputs = load_batches(self.file)
+            if not isinstance(inputs, dict):
+                raise ConfigError(
+                    f"--inputs {self.file}: must be keyword arguments, a mapping from names to tensors, got a "
+                    f"{type(inputs).__name__}."
+                )
+            return inputs
+        return make_inputs(
+            model,
+            source.model,
+            types,
+            text=self.text,
+            num_tokens=self.num_tokens,
+            batch=self.batch,
+            image=self.image,
+            trust_remote_code=source.trust_remote_code,
+        )
+
+
+def explained(
+    source: Source,
+    quantisation: Quantisation,
+    *,
+    weights: bool,
+    num_layers: int | None,
+    inputs: WantedInputs,
+    code: bool,
+    timed: bool,
+) -> tuple[Report, list[tuple[str, str]]]:
+    """The report, and what ``--strict`` objects to: names with reasons."""
+    import freeact_fx
+    from freeact_fx.errors import ConfigError
+    from freeact_fx.model_inputs import num_tokens_of
+    from freeact_fx.timing import fill_times, time_groups
+
+    if num_layers is not None and weights:
+        raise ConfigError("--layers cuts a model that is built with --no-weights. Add that.")
+    if not weights and source.is_converted:
+        raise ConfigError(f"--no-weights: {source.model} is a converted model. Leave it out.")
+    with working(f"loading {source.model}") as show:
+        model = source.open() if weights else source.open_without_weights(num_layers)
+        options = quantisation.options(model.config, is_converted=source.is_converted)
+        call = inputs.make(model, source, quantisation.types(model.config))
+        show("tracing")
+        report = freeact_fx.explain(model, options=options, code=code, **call)
+        if timed:
+            timings = time_groups(
+                report,
+                num_tokens=num_tokens_of(call),
+                device=source.device,
+                on_group=lambda name, index, count: show(f"timing {name} ({index + 1} of {count})"),
+            )
+            fill_times(report, timings)
+    return report, problems_of(report)
+
+
+def problems_of(report: Report) -> list[tuple[str, str]]:
+    """Linears left alone though nobody asked for it, and those whose types were lost."""
+    included = tuple(report.config.get("include", ()))
+    left = [
+        (r.name, str(r.reason))
+        for r in report.left_alone
+        if getattr(r.reason, "rule", "") not in _ON_PURPOSE or matches(r.name, included)
+    ]
+    return left + [(r.name, r.type_source) for r in report.quantized if r.state == "refused"]
+
+
+def is_shown(name: str, pattern: str | None) -> bool:
+    """Whether ``--filter`` lets a name through: a pattern, or a part of the name."""
+    return pattern is None or matches(name, [pattern]) or pattern in name
+
+
+def without_others(report: Report, pattern: str) -> Report:
+    """The report of the Linears that a pattern matches."""
+    linears = [row for row in report.linears if is_shown(row.name, pattern)]
+    used = {row.group for row in linears}
+    return replace(report, linears=linears, groups=[g for g in report.groups if g.name in used])
+
+
+def in_words(what: str, value: Any) -> str:
+    """One side of a difference."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, int) and what.endswith("bytes"):
+        return f"{value:,}"
+    return str(value)

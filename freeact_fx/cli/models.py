@@ -1,0 +1,108 @@
+"""Open what MODEL names: an id, a folder with or without weights, or a converted model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from freeact_fx.errors import ConfigError
+
+from .arguments import default_types, parse_dtype, parse_settings, parse_token_types
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from freeact_fx import TokenTypes
+
+
+@dataclass(frozen=True)
+class Source:
+    """MODEL and the options that say how to open it."""
+
+    model: str
+    dtype: str | None = None
+    device: str = "cpu"
+    trust_remote_code: bool = False
+
+    @property
+    def is_converted(self) -> bool:
+        from freeact_fx.converted import is_converted
+
+        return is_converted(self.model)
+
+    def open(self) -> nn.Module:
+        """With weights, in eval mode, and without a key-value cache, which one call does not need."""
+        if self.is_converted:
+            from freeact_fx.converted import load_converted
+
+            if self.dtype is not None:
+                raise ConfigError(
+                    f"--dtype: {self.model} is a converted model and has the dtype it was converted in. Leave --dtype "
+                    f"out."
+                )
+            model = load_converted(self.model, trust_remote_code=self.trust_remote_code)
+            model = model.to(self.device)
+        else:
+            from freeact_fx.hub import load_model
+
+            model = load_model(
+                self.model,
+                dtype=parse_dtype(self.dtype),
+                device=self.device,
+                trust_remote_code=self.trust_remote_code,
+            )
+        return _without_cache(model)
+
+    def open_without_weights(self, num_layers: int | None) -> nn.Module:
+        """From the config alone."""
+        from freeact_fx.hub import build_without_weights
+
+        model = build_without_weights(
+            self.model,
+            dtype=parse_dtype(self.dtype),
+            num_layers=num_layers,
+            trust_remote_code=self.trust_remote_code,
+        )
+        return _without_cache(model)
+
+
+def _without_cache(model: nn.Module) -> nn.Module:
+    text: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    text.use_cache = False
+    return model
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """The options that say how a model is quantised."""
+
+    checkpoint: Path | None
+    settings: Sequence[str]
+    mask_token_id: int | None
+    token_types: str | None
+
+    def types(self, config: Any) -> TokenTypes:
+        """The token types for the model of a config: those that were asked for, the checkpoint's, the config's."""
+        from freeact_fx import Checkpoint, TokenTypes
+
+        if self.mask_token_id is not None and self.token_types is not None:
+            raise ConfigError("--mask-token-id and --token-types: give one of them.")
+        if self.mask_token_id is not None:
+            return TokenTypes.mask_token(self.mask_token_id)
+        if self.token_types is not None:
+            return parse_token_types(self.token_types, config)
+        if self.checkpoint is not None:
+            return Checkpoint.load(self.checkpoint).config.token_types
+        return default_types(config)
+
+    def options(self, config: Any, *, is_converted: bool = False) -> dict[str, Any]:
+        """As ``torch.compile(options=...)`` takes them. A checkpoint or a converted model brings its own types."""
+        options = parse_settings(self.settings)
+        asked = self.mask_token_id is not None or self.token_types is not None
+        if asked or not (is_converted or self.checkpoint or "token_types" in options):
+            options["token_types"] = self.types(config)
+        if self.checkpoint is not None:
+            options["checkpoint"] = str(self.checkpoint)
+        return options
