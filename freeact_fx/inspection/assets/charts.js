@@ -15,27 +15,16 @@ function addChart(height, label, option, onClick) {
       aria: { enabled: true, label: { description: label }, decal: { show: true, decals: decals() } }, ...option(),
     }, true);
   };
-  if (onClick) entry.click = onClick;
   charts.push(entry);
+  whenNear(box, () => {
+    entry.draw();
+    if (onClick) entry.chart.on("click", onClick);
+    fitWidth.observe(box);
+  });
   return box;
 }
 
-// Drawn when they come near the view: a page of many opens as fast as one of few.
-const nearView = new IntersectionObserver((seen) => {
-  for (const { target, isIntersecting } of seen) {
-    const entry = charts.find((one) => one.box === target);
-    if (!isIntersecting || !entry || entry.chart) continue;
-    entry.draw();
-    if (entry.click) entry.chart.on("click", entry.click);
-  }
-}, { rootMargin: "600px" });
 const fitWidth = new ResizeObserver((seen) => seen.forEach(({ target }) => charts.find((one) => one.box === target)?.chart?.resize()));
-function watchCharts() {
-  for (const { box } of charts) {
-    nearView.observe(box);
-    fitWidth.observe(box);
-  }
-}
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => charts.forEach((entry) => entry.chart && entry.draw()));
 
 const decals = () => {
@@ -119,7 +108,7 @@ function renderErrors() {
     const show = ({ data }) => { choose(data.members); reveal(data.members.slice(0, 1)); };
     const chart = addChart(top + types.length * (block + gap) + 4, label, option, show);
     section.replaceChildren(
-      heading("errors", "Error per type", keys.length > 1 && el("label", {}, "Show ", el("select", { on: { change: (event) => { draw(event.target.value); watchCharts(); } } },
+      heading("errors", "Error per type", keys.length > 1 && el("label", {}, "Show ", el("select", { on: { change: (event) => draw(event.target.value) } },
         keys.map((one) => el("option", { value: one, selected: one === key }, word[one]))))),
       el("p", { class: "hint" }, "Squared error of a group's outputs relative to their energy, of its worst Linear. Choose a cell to see the group."),
       chart, numbersTable(`${word[key]} error`, ["Linear", ...types], () =>
@@ -190,20 +179,21 @@ function renderActivations() {
   const draw = (name) => {
     charts.splice(0, charts.length, ...charts.filter(({ box, chart }) => !picture.contains(box) || (chart?.dispose(), false)));
     const mine = all.filter(({ group }) => group === name);
+    const types = [...new Set([...typeNames, ...mine.map(({ type }) => type)])].filter((type) => mine.some((one) => one.type === type));
     const option = () => {
       const stages = ["before", "after"];
       const half = (s) => ({ left: s ? "55%" : 56, width: "41%", top: 56, bottom: 40 });
       return {
         tooltip: { ...tooltip(), trigger: "item", formatter: ({ seriesName, value }) => tip(seriesName, `value ${value[0].toPrecision(3)}`, `share of values ${percent(value[1])}`) },
         aria: { enabled: false },
-        legend: { left: 0, top: 0, itemWidth: 30, data: typeNames.filter((type) => mine.some((one) => one.type === type)), textStyle: { color: colour("--ink"), fontSize: 12 }, itemGap: 18 },
+        legend: { left: 0, top: 0, itemWidth: 30, data: types, textStyle: { color: colour("--ink"), fontSize: 12 }, itemGap: 18 },
         title: stages.map((stage, s) => ({ text: `${stage} the transform`, left: half(s).left, top: 30, textStyle: { fontSize: 12, fontWeight: 600, color: colour("--ink") } })),
         grid: stages.map((_, s) => half(s)),
         xAxis: stages.map((_, s) => ({ ...axisStyle(), type: "value", gridIndex: s, name: "value", nameLocation: "middle", nameGap: 24, splitLine: { show: false } })),
         yAxis: stages.map((_, s) => ({ ...axisStyle(), type: "log", gridIndex: s, axisLine: { onZero: false, show: false }, min: (x) => 10 ** Math.floor(Math.log10(Math.max(x.min, 1e-9))),
           axisLabel: { ...axisStyle().axisLabel, formatter: (x) => (x >= 0.01 ? String(x) : x.toExponential(0)) } })),
         series: mine.map((one) => {
-          const t = typeNames.indexOf(one.type);
+          const t = types.indexOf(one.type);
           const total = one.counts.reduce((a, b) => a + b, 0) || 1;
           return {
             type: "line", name: one.type, step: "middle", showSymbol: false, xAxisIndex: stages.indexOf(one.stage), yAxisIndex: stages.indexOf(one.stage),
@@ -218,12 +208,11 @@ function renderActivations() {
       el("table", { class: "small" },
         el("caption", {}, "Largest magnitude relative to the standard deviation: the smaller, the better 4 bits fit"),
         el("thead", {}, el("tr", {}, ["type", "tokens", "before", "after"].map((text) => el("th", { scope: "col" }, text)))),
-        el("tbody", {}, typeNames.filter((type) => mine.some((one) => one.type === type)).map((type) => {
+        el("tbody", {}, types.map((type) => {
           const of = (stage) => mine.find((one) => one.type === type && one.stage === stage);
           const ratio = (stage) => (of(stage) ? `${spread(of(stage)).ratio.toPrecision(3)} σ` : "–");
           return el("tr", {}, el("th", { scope: "row" }, type), el("td", {}, number((of("before") ?? of("after")).num_tokens)), el("td", {}, ratio("before")), el("td", {}, ratio("after")));
         }))));
-    watchCharts();
   };
   section.replaceChildren(
     heading("activations", "Activations", el("label", {}, "Group ", el("select", { on: { change: (event) => draw(event.target.value) } }, names.map((name) => el("option", {}, name))))),

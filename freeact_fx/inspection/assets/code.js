@@ -2,7 +2,7 @@
 // The graphs: how the model was cut, why, and each one's code before and after the passes, side by side.
 
 const CHUNK = 200; // lines in one block that the browser may leave unrendered
-const panes = { graph: null, before: [], after: [] };
+const panes = { graph: null, before: [], after: [], texts: {}, body: {}, hits: {}, at: -1 };
 
 // A Linear's parameters in the code: "layers.0.q_proj" is l_self_modules_layers_modules_0_modules_q_proj_parameters_weight_
 // there, or shorter when Dynamo saw an inner module.
@@ -28,10 +28,10 @@ function renderGraphs() {
   byId("graphs").replaceChildren(
     heading("graphs", "Graphs"),
     el("div", { class: "scroll" }, el("table", { class: "small wide" }, el("thead", {}, el("tr", {},
-      ["", "what it is", "Linears", "nodes", "types from", "break, recompile"].map((text) => el("th", { scope: "col" }, text)))), el("tbody", {}, graphs.map(row)))),
+      ["graph", "what it is", "Linears", "nodes", "types from", "break, recompile"].map((text) => el("th", { scope: "col" }, text)))), el("tbody", {}, graphs.map(row)))),
     el("div", { id: "code" }));
   const first = graphs.find((graph) => graph.before || graph.after);
-  if (first) showGraph(first.index);
+  if (first) whenNear(byId("code"), () => panes.graph ?? showGraph(first.index));
   else byId("code").append(el("p", { class: "hint" }, "The code of the graphs is not in this report."));
 }
 
@@ -40,9 +40,13 @@ function showGraph(index) {
   panes.graph = graph;
   byId("graphs").querySelectorAll("tr[data-graph]").forEach((row) => row.classList.toggle("taken", Number(row.dataset.graph) === index));
   const pane = (stage, title) => {
-    const lines = (graph[stage] ?? "").split("\n").map((text, at) =>
+    const texts = (graph[stage] ?? "").split("\n");
+    const lines = texts.map((text, at) =>
       el("span", { class: `line${/freeact/.test(text) ? " ours" : ""}`, "data-line": at + 1 }, `${text}\n`));
     panes[stage] = lines;
+    // Where the body begins: the arguments before it are many.
+    panes.body[stage] = texts.findIndex((text) => text.startsWith(")"));
+    panes.texts[stage] = texts;
     const chunks = [];
     for (let at = 0; at < lines.length; at += CHUNK)
       chunks.push(el("span", { class: "chunk", style: `contain-intrinsic-height:auto ${Math.min(CHUNK, lines.length - at) * 1.5}em` }, lines.slice(at, at + CHUNK)));
@@ -65,9 +69,11 @@ function markCode(members) {
   for (const stage of ["before", "after"]) {
     byId(`pane-${stage}`).querySelectorAll(".hit").forEach((line) => line.classList.remove("hit", "current"));
     const patterns = names.map((name) => patternOf(name, panes.graph[stage] ?? "")).filter(Boolean);
-    const hits = panes[stage].filter((line) => patterns.some((pattern) => pattern.test(line.textContent)));
+    const at = panes.texts[stage].flatMap((text, line) => (patterns.some((pattern) => pattern.test(text)) ? [line] : []));
+    const uses = at.filter((line) => line > panes.body[stage]);
+    const hits = at.map((line) => panes[stage][line]);
     hits.forEach((line) => line.classList.add("hit"));
-    panes.hits[stage] = hits;
+    panes.hits[stage] = uses.length ? uses.map((line) => panes[stage][line]) : hits;
     byId(`${stage}-hits`).textContent = names.length && hits.length ? plural(hits.length, "line") : "";
   }
   byId("code-note").textContent = names.length ? names[0] : "";

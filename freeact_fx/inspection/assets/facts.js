@@ -51,8 +51,10 @@ const linkTo = (i, text) => el("button", {
 
 function renderFacts(members, { title } = {}) {
   if (!members.length) {
-    facts.replaceChildren(el("h2", {}, "Facts"), el("p", { class: "hint" },
-      "Choose a Linear in the walk, the heat map or the table. Arrow keys walk, Enter opens, Escape comes back."));
+    const keys = [["/", "find a layer or Linear"], ["↑ ↓", "walk through layers and Linears"], ["→ ←", "unfold, fold"],
+      ["Enter", "read the facts here"], ["Esc", "back to where you were"]];
+    facts.replaceChildren(el("h2", {}, "Facts"), el("p", { class: "hint" }, "Choose a Linear in the walk, the heat map or the table."),
+      el("dl", { class: "keys" }, keys.map(([key, what]) => [el("dt", {}, key.split(" ").map((one) => el("kbd", {}, one))), el("dd", {}, what)])));
     return;
   }
   const rows = members.map((i) => linears[i]);

@@ -25,6 +25,22 @@ const el = (tag, attributes, ...children) => fill(document.createElement(tag), a
 const svg = (tag, attributes, ...children) => fill(document.createElementNS(SVG, tag), attributes, children);
 const byId = (id) => document.getElementById(id);
 
+// Run once when an element comes near the view: a page of many parts opens as fast as one of few.
+const waiting = new Map();
+const nearView = new IntersectionObserver((seen) => {
+  for (const { target, isIntersecting } of seen) {
+    if (!isIntersecting || !waiting.has(target)) continue;
+    nearView.unobserve(target);
+    const run = waiting.get(target);
+    waiting.delete(target);
+    run();
+  }
+}, { rootMargin: "600px" });
+function whenNear(node, run) {
+  waiting.set(node, run);
+  nearView.observe(node);
+}
+
 const number = (x) => x.toLocaleString("en-US");
 const isNumber = (x) => typeof x === "number" && Number.isFinite(x);
 

@@ -77,7 +77,7 @@ function notices() {
   const found = findings();
   if (!found.length) return [el("p", { class: "hint" }, "Nothing needs attention: every Linear is quantised, and the types of its tokens are known.")];
   const mark = { warn: "▲", info: "○" };
-  const entry = ({ level, text, detail, filter }) => el("li", { class: level }, el("span", { class: "mark", "aria-label": level === "warn" ? "Attention" : "Note" }, mark[level]),
+  const entry = ({ level, text, detail, filter }) => el("li", { class: level }, el("span", { class: "mark", role: "img", "aria-label": level === "warn" ? "Attention" : "Note" }, mark[level]),
     el("div", {}, el("b", {}, text), detail && el("p", {}, detail)),
     filter && el("button", { type: "button", class: "plain", on: { click: () => { showRows(filter); byId("linears").scrollIntoView(); byId("row-filter").focus({ preventScroll: true }); } } }, "Show"));
   const first = found.slice(0, 6).map(entry);
@@ -159,7 +159,6 @@ renderActivations();
 renderTable();
 renderGraphs();
 makeSearch();
-watchCharts();
 
 // An address with a name, report.html#model.layers.3.mlp.up_proj, opens there.
 const asked = decodeURIComponent(location.hash.slice(1));

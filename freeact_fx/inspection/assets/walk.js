@@ -90,12 +90,13 @@ function edgePath(from, to) {
 function transformNode(entry, everywhere, level) {
   const members = everywhere(entry.nodes.flat());
   const plan = planOf(linears[members[0]]);
+  const names = entry.nodes.map((own) => lastName(shortName(own[0]))).join(", ");
   const node = el("div", {
     role: "treeitem", "aria-level": level, tabindex: "-1", class: "node transform", "data-plan": plan,
-    "aria-label": `transform ${plan} of ${entry.nodes.map((n) => lastName(shortName(n[0]))).join(", ")}`,
+    "aria-label": `${plan} transform of ${names}`,
     title: "One transform per token type; the Linears behind it read its codes",
   }, plan);
-  handles.set(node, { members, title: entry.groups.length === 1 && members.length === entry.nodes.length ? null : undefined });
+  handles.set(node, { members, title: `transform of ${names}` });
   return node;
 }
 
@@ -105,11 +106,12 @@ function linearNode(own, everywhere, level) {
   const [plan, state] = [planOf(linear), stateOf(linear)];
   const name = lastName(shortName(own[0]));
   const times = members.length > 1 ? ` × ${members.length}` : "";
+  const words = (linear.precision || "–") + (own.length > 1 ? ` × ${own.length}` : ""); // experts
   const node = el("div", {
     role: "treeitem", "aria-level": level, tabindex: "-1", class: "node linear", "data-state": state,
-    "aria-label": `${name}${times}, ${state === "alone" ? "left alone" : `plan ${plan}, types ${state}`}, ${linear.precision}`,
+    "aria-label": `${name} ${words}, ${members.length > 1 ? `${members.length} times, ` : ""}${state === "alone" ? "left alone" : `plan ${plan}, types ${state}`}`,
     title: shortName(own[0]) + times,
-  }, swatch(plan, state), el("span", { class: "words" }, el("b", {}, name), el("small", {}, linear.precision || "–")));
+  }, swatch(plan, state), el("span", { class: "words" }, el("b", {}, name), el("small", {}, words)));
   handles.set(node, { members });
   return node;
 }
@@ -179,12 +181,13 @@ function runItem(run, open) {
 }
 
 function renderWalk() {
-  const drawn = new Set(); // of each stack the first run is unfolded
+  const longest = new Map(); // of each stack one run is unfolded
+  for (const item of walk)
+    if (item.layers && item.layers.length > (longest.get(item.stack)?.layers.length ?? 0)) longest.set(item.stack, item);
   const items = walk.map((item) => {
     if (item.kind === "linear") return linearItem(item.index, 1);
-    const isFirst = !drawn.has(item.stack);
-    drawn.add(item.stack);
-    return item.layers.length > 1 ? runItem(item, isFirst) : layerItem(item.layers[0], 1, isFirst);
+    const isOpen = longest.get(item.stack) === item;
+    return item.layers.length > 1 ? runItem(item, isOpen) : layerItem(item.layers[0], 1, isOpen);
   });
   const ends = (text, note) => el("li", { role: "none", class: "end" }, el("b", {}, text), el("span", { class: "note" }, note));
   tree.replaceChildren(ends("tokens", `types: ${typeNames.join(", ") || "–"}`), ...items, ends("output", ""));
