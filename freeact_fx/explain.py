@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ def explain(
     *args: Any,
     options: Mapping[str, Any] | None = None,
     code: bool = False,
+    activations: Sequence[str] = (),
     **kwargs: Any,
 ) -> Report:
     """Report on every Linear of a model: shapes, group, token types, plan, precision, or why it is left alone.
@@ -28,6 +29,8 @@ def explain(
     options       as for ``torch.compile(model, backend="freeact", options=...)``
     code          keep each graph as readable code, before and after the passes (``GraphReport.before``, ``after``);
                   of a compiled model those that were compiled with ``options={"code": True}`` have it
+    activations   name patterns, as in ``QuantConfig.skip``: record histograms of the activations that these Linears'
+                  groups read, per token type, before and after the transform (``Report.activations``)
 
     Raises ConfigError if there is nothing to report on.
     """
@@ -35,6 +38,11 @@ def explain(
     from .report_log import logged
 
     if isinstance(model, torch._dynamo.OptimizedModule) and not args and not kwargs:
+        if activations:
+            raise ConfigError(
+                "explain(compiled, activations=...): activations are recorded while the model runs. Give explain "
+                "the inputs too."
+            )
         report = model_report(model._orig_mod, logged())
         if not report.num_graphs:
             raise ConfigError(
@@ -44,7 +52,12 @@ def explain(
         return report
     if isinstance(model, torch._dynamo.OptimizedModule):
         model = model._orig_mod
-    return model_report(model, trace(model, args, kwargs, {**(options or {}), "code": code}))
+    report = model_report(model, trace(model, args, kwargs, {**(options or {}), "code": code}))
+    if activations:
+        from .inspection.activations import record_activations
+
+        report = record_activations(report, model, args, kwargs, options, activations)
+    return report
 
 
 def trace(
