@@ -106,14 +106,6 @@ def load_batches(file: Path) -> Any:
         ) from error
 
 
-def num_tokens_of(inputs: Any) -> int:
-    """Tokens of a call: of its ids, or else of its first tensor."""
-    ids = inputs.get("input_ids") if isinstance(inputs, dict) else inputs
-    if isinstance(ids, (tuple, list)) and ids:
-        ids = ids[0]
-    return ids.shape[0] * ids.shape[1] if isinstance(ids, Tensor) and ids.dim() >= 2 else 1
-
-
 # ------------------------------------------------------------------ one call
 
 

@@ -89,6 +89,16 @@ def _wait_for_device() -> None:
         torch.cuda.synchronize()
 
 
+def num_tokens_of(inputs: Any) -> int:
+    """Tokens of a model's call: of the ``input_ids`` [B, T] in a mapping, or of the first tensor [B, T, ...]."""
+    values = list(inputs.values()) if isinstance(inputs, Mapping) else inputs
+    if isinstance(inputs, Mapping) and "input_ids" in inputs:
+        values = [inputs["input_ids"]]
+    values = [values] if isinstance(values, Tensor) else values
+    shape = next((v.shape for v in values if isinstance(v, Tensor) and v.dim() >= 2), (1, 1))
+    return int(shape[0] * shape[1])
+
+
 @dataclass(frozen=True)
 class GroupTiming:
     """One kind of group: what it is, which groups are of it, and both times of a call of all its Linears.
@@ -117,12 +127,13 @@ def time_groups(
     report: Report,
     *,
     num_tokens: int = 256,
-    device: str = "cpu",
+    device: str | None = None,
     runs: int = 15,
     on_group: Callable[[str, int, int], object] | None = None,
 ) -> list[GroupTiming]:
     """Compile and time every distinct kind of group of a report, the slowest of all its groups together first.
 
+    device    None: the report's; the CPU for a model that was on the meta device
     on_group  is called before each kind with its first group's name, its number and how many kinds there are
 
     Answers of compiled code are checked against the reference before they are timed. A branch is timed as one that
@@ -130,6 +141,9 @@ def time_groups(
     """
     if not report.quantized:
         raise ConfigError("time_groups: no Linear of the report is quantised: nothing to time.")
+    if device is None:
+        device = str(report.environment.get("device", "cpu"))
+        device = "cpu" if device == "meta" else device
     kinds: dict[Any, list[GroupReport]] = {}
     for group in report.groups:
         kinds.setdefault(_kind(report, group), []).append(group)

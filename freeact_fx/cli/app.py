@@ -136,6 +136,13 @@ def explain(
     time: Annotated[
         bool, typer.Option("--time", help="Time each kind of group, dense and quantised.")
     ] = False,
+    activations: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            metavar="PATTERN",
+            help="Record activations per type of these Linears' groups, for --html and --json.",
+        ),
+    ] = None,
     pattern: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--filter", help="Show only Linears whose name matches, such as '*.q_proj'."),
@@ -176,6 +183,7 @@ def explain(
         num_layers=layers,
         inputs=_wanted(text, tokens, batch, image, inputs),
         code=html is not None,
+        activations=activations or (),
         timed=time,
     )
     if html is not None:

@@ -96,8 +96,7 @@ def benched(
     import freeact_fx
     from freeact_fx import Checkpoint, QuantConfig
     from freeact_fx.doctor import cpu_name
-    from freeact_fx.model_inputs import num_tokens_of
-    from freeact_fx.timing import time_groups
+    from freeact_fx.timing import num_tokens_of, time_groups
 
     if not whole and not groups:
         raise ConfigError("--no-model and --no-groups leave nothing to time.")
@@ -143,7 +142,6 @@ def benched(
             result.groups = time_groups(
                 report,
                 num_tokens=num_tokens,
-                device=source.device,
                 runs=runs,
                 on_group=lambda name, index, count: show(
                     f"compiling and timing {name} ({index + 1} of {count} kinds of group)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,13 +65,13 @@ def explained(
     num_layers: int | None,
     inputs: WantedInputs,
     code: bool,
+    activations: Sequence[str],
     timed: bool,
 ) -> tuple[Report, list[tuple[str, str]]]:
     """The report, and what ``--strict`` objects to: names with reasons."""
     import freeact_fx
     from freeact_fx.errors import ConfigError
-    from freeact_fx.model_inputs import num_tokens_of
-    from freeact_fx.timing import fill_times, time_groups
+    from freeact_fx.timing import fill_times, num_tokens_of, time_groups
 
     if num_layers is not None and weights:
         raise ConfigError("--layers cuts a model that is built with --no-weights. Add that.")
@@ -81,12 +82,13 @@ def explained(
         options = quantisation.options(model.config, is_converted=source.is_converted)
         call = inputs.make(model, source, quantisation.types(model.config))
         show("tracing")
-        report = freeact_fx.explain(model, options=options, code=code, **call)
+        report = freeact_fx.explain(
+            model, options=options, code=code, activations=activations, **call
+        )
         if timed:
             timings = time_groups(
                 report,
                 num_tokens=num_tokens_of(call),
-                device=source.device,
                 on_group=lambda name, index, count: show(f"timing {name} ({index + 1} of {count})"),
             )
             fill_times(report, timings)
