@@ -46,10 +46,10 @@ def ineligible_reason(
     if weight is not None:
         if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return reason("dtype", dtype=weight.dtype)
-        if weight.layout != torch.strided or type(weight) not in (Tensor, torch.nn.Parameter):
-            kind = "Tensor" if weight.layout == torch.strided else str(weight.layout)
-            kind = kind if type(weight) in (Tensor, torch.nn.Parameter) else type(weight).__name__
-            return reason("not_plain", kind=kind)
+        if type(weight) not in (Tensor, torch.nn.Parameter, torch._subclasses.FakeTensor):
+            return reason("not_plain", kind=type(weight).__name__)
+        if weight.layout != torch.strided:
+            return reason("not_plain", kind=str(weight.layout))
     illegal = illegal_features_reason(num_features)
     if illegal is None and tied and not included:
         return reason("tied")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from .errors import ConfigError
 from .report import Report
+
+if TYPE_CHECKING:
+    from torch._subclasses import FakeTensorMode
 
 
 def explain(
@@ -19,6 +24,7 @@ def explain(
     options: Mapping[str, Any] | None = None,
     code: bool = False,
     activations: Sequence[str] = (),
+    timed: bool = False,
     **kwargs: Any,
 ) -> Report:
     """Report on every Linear of a model: shapes, group, token types, plan, precision, or why it is left alone.
@@ -31,6 +37,8 @@ def explain(
                   of a compiled model those that were compiled with ``options={"code": True}`` have it
     activations   name patterns, as in ``QuantConfig.skip``: record histograms of the activations that these Linears'
                   groups read, per token type, before and after the transform (``Report.activations``)
+    timed         compile and time each kind of group, dense and quantised, with as many tokens as the inputs have
+                  (``timing.time_groups``), for ``LinearReport.time_ms``; needs inputs
 
     Raises ConfigError if there is nothing to report on.
     """
@@ -57,6 +65,10 @@ def explain(
         from .inspection.activations import record_activations
 
         report = record_activations(report, model, args, kwargs, options, activations)
+    if timed:
+        from .timing import fill_times, num_tokens_of, time_groups
+
+        fill_times(report, time_groups(report, num_tokens=num_tokens_of(kwargs or args)))
     return report
 
 
@@ -83,11 +95,44 @@ def trace(
             report_log.collected() as graphs,
             torch.no_grad(),
             compat.traced_apart(model, report_only) as traced,
+            _without_values(model, positional, named) as inputs,
         ):
-            traced(*positional, **named)
+            traced(*inputs[0], **inputs[1])
     finally:
         model.train(was_training)
     return graphs
+
+
+@contextlib.contextmanager
+def _without_values(model: nn.Module, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
+    """The inputs as a model needs them whose parameters are shapes only, on the meta device or fake; others as they
+    are."""
+    parameters = list(model.parameters())
+    fake = next((p for p in parameters if isinstance(p, torch._subclasses.FakeTensor)), None)
+    if fake is not None:
+        mode = fake.fake_mode
+        with mode:
+            yield tree_map_only(torch.Tensor, _to_fake(mode), (args, kwargs))
+    elif parameters and all(p.is_meta for p in parameters):
+        # accelerate's init_empty_weights leaves buffers their values.
+        held = [(m, n, b) for m in model.modules() for n, b in m._buffers.items() if b is not None]
+        try:
+            for module, name, buffer in held:
+                module._buffers[name] = buffer.to("meta")
+            yield tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
+        finally:
+            for module, name, buffer in held:
+                module._buffers[name] = buffer
+    else:
+        yield args, kwargs
+
+
+def _to_fake(mode: FakeTensorMode) -> Callable[[torch.Tensor], torch.Tensor]:
+    def to_fake(tensor: torch.Tensor) -> torch.Tensor:
+        is_fake = isinstance(tensor, torch._subclasses.FakeTensor)
+        return tensor if is_fake else mode.from_tensor(tensor, static_shapes=True)
+
+    return to_fake
 
 
 def _by_name(
