@@ -18,7 +18,8 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 help:
 	@echo "make demo      a masked-diffusion model in W4A4 beside float, on the CPU (minutes)"
 	@echo "make demo-vlm  a vision-language model: questions about pictures, answers saved as a PNG"
-	@echo "make test      the tests that need no GPU"
+	@echo "make test      the tests that need no GPU; those of the HTML report need Chromium (apt-get install chromium),"
+	@echo "               without it: make test ARGS='-m \"not gpu and not browser\"'"
 	@echo "make lint      ruff, and mypy on the installed package"
 	@echo "make bench     CPU speed and storage, checked against what the README promises"
 

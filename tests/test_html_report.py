@@ -19,7 +19,6 @@ from tiny_model import MASK, masked_ids, tiny_model
 
 import freeact_fx
 from freeact_fx import ConfigError, QuantConfig, TokenTypes
-from freeact_fx.inspection.activations import record_activations
 from freeact_fx.inspection.html import html, write_html
 from freeact_fx.report import (
     ActivationReport,
@@ -442,10 +441,8 @@ def activations(report: Report, stage: str) -> dict[tuple[str, str], ActivationR
 def test_activations_are_those_of_the_model() -> None:
     """Counted by hand for the first group, whose input is the norm of the embeddings."""
     model, ids = tiny_model(), masked_ids()
-    report = freeact_fx.explain(model, ids, options=OPTIONS)
-    report = record_activations(
-        report, model, (ids,), {}, OPTIONS, ("*blocks.0.k", "blocks.1.down")
-    )
+    patterns = ("*blocks.0.k", "blocks.1.down")
+    report = freeact_fx.explain(model, ids, options=OPTIONS, activations=patterns)
     before = activations(report, "before")
     assert {group for group, _ in before} == {"blocks.0.q", "blocks.1.down"}
     with torch.no_grad():
@@ -465,8 +462,7 @@ def test_activations_after_the_transform_are_less_spread() -> None:
     model, ids = tiny_model(), masked_ids()
     with torch.no_grad():
         model.blocks[0].attention_norm.weight[5] = 30
-    report = freeact_fx.explain(model, ids, options=OPTIONS)
-    report = record_activations(report, model, (ids,), {}, OPTIONS, "blocks.0.q")
+    report = freeact_fx.explain(model, ids, options=OPTIONS, activations="blocks.0.q")
     before, after = activations(report, "before"), activations(report, "after")
     for key in before:
         assert after[key].edges[-1] <= before[key].edges[-1] / 2
@@ -477,11 +473,9 @@ def test_activations_of_a_converted_model_use_its_own_transforms() -> None:
     model, ids = tiny_model(), masked_ids()
     checkpoint = freeact_fx.calibrate(model, [ids], QuantConfig(**OPTIONS), progress=False)
     options = {"checkpoint": checkpoint}
-    dense = freeact_fx.explain(model, ids, options=options)
-    dense = record_activations(dense, model, (ids,), {}, options, ("blocks.0.*",))
+    dense = freeact_fx.explain(model, ids, options=options, activations=("blocks.0.*",))
     freeact_fx.convert(model, checkpoint)
-    converted = freeact_fx.explain(model, ids)
-    converted = record_activations(converted, model, (ids,), {}, None, ("blocks.0.*",))
+    converted = freeact_fx.explain(model, ids, activations=("blocks.0.*",))
     assert len(converted.activations) == len(dense.activations) == 4 * 3 * 2
     # In front of the first group nothing is rounded yet, so its activation is the dense model's.
     for stage in ("before", "after"):
@@ -492,8 +486,9 @@ def test_activations_of_a_converted_model_use_its_own_transforms() -> None:
 
 def test_activations_say_what_is_missing() -> None:
     model, ids = tiny_model(), masked_ids()
-    report = freeact_fx.explain(model, ids, options=OPTIONS)
     with pytest.raises(ConfigError, match=r"no quantised Linear has such a name.*'blocks.0.q'"):
-        record_activations(report, model, (ids,), {}, OPTIONS, ("blocks.9.*",))
-    with pytest.raises(ConfigError, match="is on the meta device, which has no values"):
-        record_activations(report, model.to("meta"), (ids,), {}, OPTIONS, ("blocks.0.*",))
+        freeact_fx.explain(model, ids, options=OPTIONS, activations=("blocks.9.*",))
+    with pytest.raises(ConfigError, match="parameters without values"):
+        freeact_fx.explain(
+            model.to("meta"), ids.to("meta"), options=OPTIONS, activations=("blocks.0.*",)
+        )

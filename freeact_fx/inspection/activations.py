@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint import has_values
 from ..convert import FreeActLinear
 from ..eligibility import matches
 from ..errors import ConfigError
@@ -198,10 +199,10 @@ def record_activations(
 
     if isinstance(patterns, str):
         patterns = (patterns,)
-    if any(p.is_meta for p in (*model.parameters(), *model.buffers())):
+    if not all(has_values(p) for p in (*model.parameters(), *model.buffers())):
         raise ConfigError(
-            f"explain(activations={tuple(patterns)}): {type(model).__name__} is on the meta device, which has no "
-            f"values. Load its weights, or leave activations out."
+            f"explain(activations={tuple(patterns)}): {type(model).__name__} has parameters without values (on the "
+            f"meta device, or fake). Load its weights, or leave activations out."
         )
     recorder = _Recorder(report, model, Options.parse(None, options), patterns)
     if not recorder.num_groups:
