@@ -115,7 +115,7 @@ def looked(tmp_path_factory: pytest.TempPathFactory) -> Looked:
         ids = torch.tensor([[1, 2, 3, 4]])
         with torch.no_grad():
             fast(ids)
-            with torch.profiler.profile() as profile:
+            with torch.profiler.profile(acc_events=True) as profile:
                 fast(ids)
         for event in profile.events():
             if event.name.startswith("freeact: "):
@@ -424,7 +424,7 @@ def test_profiler_shows_each_linear_by_name(converted: bool) -> None:
         freeact_fx.convert(model, freeact_fx.QuantConfig(token_types=TokenTypes.single()))
     run = compiled(model, token_types=TokenTypes.single())
     run(masked_ids())
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         run(masked_ids())
     ranges = [e for e in profile.events() if e.name.startswith("freeact: ")]
     assert [e.name for e in ranges] == [f"freeact: {name}" for name in LINEARS]
