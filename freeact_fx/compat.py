@@ -184,7 +184,8 @@ def origin_of(gm: GraphModule) -> GraphReport:
     report = GraphReport(0)
     reason = getattr(gm, "compile_subgraph_reason", None)
     if reason is not None and reason.graph_break:
-        report.break_reason = _first_lines(reason.reason)
+        # Below its first line are an explanation and advice on how to report it.
+        report.break_reason = reason.reason.strip().partition("\n")[0]
         if reason.user_stack:
             frame = reason.user_stack[-1]
             place = f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
@@ -192,13 +193,6 @@ def origin_of(gm: GraphModule) -> GraphReport:
     metrics = getattr(get_metrics_context(), "_metrics", {})
     report.compiled_again_because = metrics.get("recompile_reason")
     return report
-
-
-def _first_lines(reason: str) -> str:
-    """What Dynamo says of a break, without its advice on how to report it."""
-    lines = [line.strip() for line in reason.strip().splitlines()]
-    end = next((i for i, line in enumerate(lines) if not line or line.startswith("Hint")), 2)
-    return " ".join(lines[: max(end, 1)])
 
 
 def module_paths(tensors: Iterable[Any]) -> dict[int, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -63,7 +64,7 @@ class _Assembly:
                 "num_parameters": sum(p.numel() for p in self.model.parameters()),
             },
             environment=_environment((*self.model.parameters(), *self.model.buffers())),
-            config={} if config is None else config.to_dict(),
+            config={} if config is None else json.loads(json.dumps(config.to_dict())),
             type_names=() if config is None else config.type_names,
         )
 
@@ -172,7 +173,7 @@ class _Assembly:
                 and (known := self.index.get(id(graph.origin or graph))) is not None
             ):
                 entry["graph"] = known
-                text = f"{tokens} of graph {known}"
+                text = f"types of {tokens} from graph {known}"
             entries.append(entry)
             if source != "ids":
                 words.append(text or source)

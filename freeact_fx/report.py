@@ -256,7 +256,7 @@ class Report:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from .report_table import rich_parts
 
-        yield from rich_parts(self)
+        yield from rich_parts(self, options.max_width)
 
 
 _ROWS: dict[str, Any] = {

@@ -40,6 +40,7 @@ from .node_facts import (
     Root,
     TokenFact,
     TypeExpr,
+    input_name,
     linears_of,
     op_name,
     qualified_name,
@@ -119,7 +120,7 @@ def describe(expr: TypeExpr, token_types: TokenTypes) -> list[str]:
     """The sources behind a recipe, in words, first to last; empty if there is none."""
     if expr.op == "tokens":
         root: Root = expr.args[0]
-        name = qualified_name(root.node)
+        name = input_name(root.node, "ids")
         return [
             f"{name} == {' | '.join(map(str, t.token_ids))} -> {t.name}"
             for t in token_types.types
@@ -289,7 +290,9 @@ class _Sweep:
                 return claimed.pop(), text, True
             reason = f"{text}: no one token type claims these ids; declare them in TokenTypes"
             return None, reason, False
-        text = qualified_name(origin) if origin.op == "placeholder" else f"mask {origin.name}"
+        text = f"mask {origin.name}"
+        if origin.op == "placeholder":
+            text = input_name(origin, "a mask of an earlier graph")
         if self.token_types.merge_index is None:
             return None, f"{text} is a bool mask and no token type has merge=True", False
         return self.token_types.merge_index, text, False

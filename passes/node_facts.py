@@ -116,6 +116,12 @@ def qualified_name(node: Node) -> str:
     return ".".join(path) or node.name
 
 
+def input_name(node: Node, otherwise: str) -> str:
+    """The name of an argument, for readers; ``otherwise`` if it only has one that Dynamo gave it after a break."""
+    name = qualified_name(node)
+    return otherwise if "___stack" in name else name
+
+
 @dataclass(eq=False)
 class Axis:
     """One token axis, known by identity. ``split`` and ``derive`` give the same child each time they are asked."""

@@ -23,7 +23,7 @@ from .node_facts import (
     Root,
     TokenFact,
     TypeExpr,
-    qualified_name,
+    input_name,
     roots_of,
     statically_equal,
     value_of,
@@ -158,7 +158,7 @@ class TypeTensors:
             gm = self.editor.gm
             placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
             self._roots[root] = RootInput(
-                qualified_name(root.node),
+                input_name(root.node, "hidden states"),
                 Sizes(gm).reader([axis.size for axis in root.axes]),
                 value_of(root.node).device,
                 root.is_ids,
