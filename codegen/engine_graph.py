@@ -12,7 +12,6 @@ makes out of plain ops) are reordered in front of the product.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,18 +24,15 @@ aten = torch.ops.aten
 freeact = torch.ops.freeact
 
 
-def use_engine_ops(graph: Graph, is_gpu: Callable[[torch.device], bool] = has_kernels) -> None:
-    """Replace the plain ops whose codes are int8 and on a GPU; edits the graph in place.
-
-    is_gpu  whether a device has our kernels
-    """
+def use_engine_ops(graph: Graph) -> None:
+    """Replace the plain ops whose codes are int8 and on a GPU; edits the graph in place."""
     reordered: dict[Node, Node] = {}
     for node in list(graph.nodes):
         if node.target is not freeact.int_mm.default:
             continue
         codes = node.args[0]
         value: Tensor = codes.meta["val"]
-        if not is_gpu(value.device) or not takes_codes(value):
+        if not has_kernels(value.device) or not takes_codes(value):
             continue
         if codes not in reordered:
             reordered[codes] = codes if _swap_producer(codes) else _reorder(graph, codes)

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from freeact_fx.codegen.tiles import TransformTile, transform_tile
+from freeact_fx.codegen.tiles import transform_tile
 
 SMALLEST = tl.constexpr(1e-30)
 # Adding and taking away 1.5 * 2^23 rounds an fp32 below 2^22 to the nearest integer, ties to even.
@@ -208,9 +208,10 @@ def is_supported(left: Tensor, right: Tensor, widths: Sequence[int], qmax: int) 
     if qmax not in (7, 127) or right.shape[-1] % 2:
         return False
     tile = transform_tile(left.shape[0], max(widths), right.shape[-1])
-    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
-    in_pieces = tile.columns[1] > 0
-    return not (old and in_pieces and torch.cuda.get_device_capability(left.device) >= (10, 0))
+    if tile.columns[1] == 0 or not left.is_cuda:
+        return True
+    old_triton = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+    return not (old_triton and torch.cuda.get_device_capability(left.device) >= (10, 0))
 
 
 def transform_quantize(

@@ -1,0 +1,160 @@
+"""The Triton that Inductor emits for a decoder layer, read without a GPU: one kernel per Linear, its epilogue inside.
+
+Inductor is told to write Triton for CPU tensors and that there is a Hopper; the kernels are caught before they would be
+compiled, so nothing runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton")
+
+import triton
+from offline import INT8_INSTRUCTIONS, compile_kernel
+from torch._inductor import config as inductor_config
+from torch._inductor.async_compile import AsyncCompile
+from triton.backends.compiler import GPUTarget
+
+import freeact_fx
+from freeact_fx import QuantConfig, TokenTypes
+from freeact_fx.codegen import engine_graph, lowering
+from freeact_fx.codegen.templates import int_mm as _  # noqa: F401  (registers the lowering)
+
+WIDTH, HIDDEN, MASK = 128, 256, 60
+
+
+class Layer(nn.Module):
+    """What a decoder layer has around attention; attention itself is a sum, to keep its kernels out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        linear = lambda n, k: nn.Linear(k, n, bias=False)  # noqa: E731
+        self.embed = nn.Embedding(64, WIDTH)
+        self.norm_1, self.norm_2 = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)
+        self.q, self.k, self.v, self.o = (linear(WIDTH, WIDTH) for _ in range(4))
+        self.gate, self.up, self.down = (
+            linear(n, k) for n, k in ((HIDDEN, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN))
+        )
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        y = self.norm_1(x)
+        x = x + self.o(self.q(y) + self.k(y) + self.v(y))
+        y = self.norm_2(x)
+        return x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
+
+
+class Emitted(Exception):
+    """Everything is emitted, and the first kernel is called."""
+
+
+def stop(*args: Any, **kwargs: Any) -> None:
+    raise Emitted
+
+
+class NoGpu:
+    """Triton's driver, as far as emitting code asks for it."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def emitted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The sources of the kernels that Inductor emits meanwhile."""
+    sources: list[str] = []
+
+    def catch(self: AsyncCompile, name: str, source: str, device_str: str = "cuda") -> Any:
+        sources.append(source)
+        return SimpleNamespace(run=stop)
+
+    monkeypatch.setattr(AsyncCompile, "triton", catch)
+    for module in (engine_graph, lowering):
+        monkeypatch.setattr(module, "has_kernels", lambda device: True)
+    monkeypatch.setattr(triton.runtime.driver, "_active", NoGpu())
+    lowering.register()
+    options = {"cpu_backend": "triton", "compile_threads": 1, "fx_graph_cache": False}
+    with inductor_config.patch(options):
+        yield sources
+
+
+def compile_layer(num_tokens: int) -> None:
+    config = QuantConfig(plan="shift", token_types=TokenTypes.mask_token(MASK))
+    with torch.no_grad():
+        model = Layer().eval().bfloat16()
+        freeact_fx.convert(model, config)
+        ids = torch.randint(0, 64, (2, num_tokens))
+        torch._dynamo.mark_dynamic(ids, 1)
+        with pytest.raises(Emitted):
+            torch.compile(model, backend="freeact", options={"strict": True})(ids)
+
+
+def bodies(sources: list[str], name: str) -> list[str]:
+    return [s for s in sources if re.search(rf"def triton_{name}\w*\(", s)]
+
+
+@pytest.mark.inductor
+def test_one_kernel_per_linear_and_its_epilogue_inside(emitted: list[str]) -> None:
+    compile_layer(512)
+    products = bodies(emitted, "tem_fused")
+    assert len(products) == 7
+    # q, k, v, o, gate, up, down; norms and embedding are the only other kernels.
+    assert len(emitted) - len(products) <= 4
+    for source in products:
+        assert "* 0.0625" in source
+        assert len(re.findall(r"tl\.store\(", source)) == 1
+    residuals = [s for s in products if "silu" in s or "exp(" in s]
+    assert residuals, "SiLU * mul is in the epilogue of gate or up"
+
+
+@pytest.mark.inductor
+def test_few_tokens_split_k_and_sum_in_the_epilogue(emitted: list[str]) -> None:
+    compile_layer(4)
+    partial = [s for s in bodies(emitted, "tem_fused") if "idx_split" in s and "SPLIT_K : " in s]
+    split = [s for s in partial if not re.search(r"SPLIT_K : tl\.constexpr = 1\b", s)]
+    assert split
+    assert not any("* 0.0625" in s for s in split)
+
+
+@pytest.mark.inductor
+def test_an_emitted_kernel_compiles_for_hopper(emitted: list[str], tmp_path: Path) -> None:
+    compile_layer(512)
+    source = bodies(emitted, "tem_fused")[0]
+    (name,) = re.findall(r"def (triton_\w+)\(", source)
+    # Without what Inductor writes around the function to launch it.
+    code = (
+        source[: source.index("@triton_heuristics")]
+        + "@triton.jit"
+        + source.split("@triton.jit", 1)[1]
+    )
+    file = tmp_path / "emitted_kernel.py"
+    file.write_text(code)
+    spec = importlib.util.spec_from_file_location("emitted_kernel", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    kernel = getattr(module, name)
+    signature = dict(
+        re.findall(r"'(\w+)': '([*\w]+)'", source.split("'signature': {")[1].split("}")[0])
+    )
+    compiled = compile_kernel(
+        kernel,
+        90,
+        pointers={n: kind for n, kind in signature.items() if kind.startswith("*")},
+        numbers={n: kind for n, kind in signature.items() if not kind.startswith("*")},
+        constants={},
+        num_warps=int(re.findall(r"num_warps=(\d+)", source)[0]),
+    )
+    assert re.search(INT8_INSTRUCTIONS[90], compiled.ptx)
+    assert compiled.local_bytes == 0

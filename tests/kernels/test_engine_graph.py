@@ -1,0 +1,107 @@
+"""The GPU engine's ops put into graphs; where there is no GPU they run the reference, so the results are the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from random_transforms import random_transform
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import freeact_fx  # noqa: F401  (registers the ops)
+from freeact_fx.codegen import engine_graph, engine_ops
+from freeact_fx.codegen.engine_graph import use_engine_ops
+from freeact_fx.reference import pack_int4
+
+ops = torch.ops.freeact
+NUM_TYPES = 2
+
+
+def operands(plan: str) -> tuple[tuple[Tensor | None, ...], tuple[object, ...]]:
+    t = random_transform(plan, 48, NUM_TYPES, seed=0)
+    tensors = (t.shift, t.channel_scale, t.left, t.right, t.clip)
+    return tensors, (list(t.widths), list(t.slice_of_type), 0, 7)
+
+
+def rewritten(
+    function: Callable[..., Tensor], *args: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> Counter[str]:
+    """The ops of a function's graph afterwards; it must compute the same."""
+    gm = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
+    want = gm(*args)
+    monkeypatch.setattr(engine_graph, "has_kernels", lambda device: True)
+    use_engine_ops(gm.graph)
+    gm.recompile()
+    for got, expected in zip(gm(*args), want, strict=True):
+        assert torch.equal(got, expected)
+    return Counter(node.target.__name__ for node in gm.graph.nodes if node.op == "call_function")
+
+
+def arguments() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weights = (pack_int4(torch.randint(-7, 8, (n, 48)).to(torch.int8)) for n in (11, 24))
+    return torch.randn(2, 3, 48), torch.randint(0, NUM_TYPES, (2, 3)), *weights
+
+
+def test_transform_and_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, static = operands("shift")
+
+    def two_linears(x: Tensor, types: Tensor, first: Tensor, second: Tensor) -> list[Tensor]:
+        codes, scale = ops.transform_quantize(x, types, *tensors, *static)
+        return [ops.int_mm(codes, first), ops.int_mm(codes, second), scale]
+
+    counts = rewritten(two_linears, *arguments(), monkeypatch=monkeypatch)
+    assert counts["engine_transform_quantize.default"] == 1
+    assert counts["engine_int_mm.default"] == 2
+    assert counts["cat.default"] == 0
+
+
+def test_codes_that_something_else_reads_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, static = operands("shift")
+
+    def codes_as_result(x: Tensor, types: Tensor, first: Tensor, second: Tensor) -> list[Tensor]:
+        codes, _ = ops.transform_quantize(x, types, *tensors, *static)
+        return [codes, ops.int_mm(codes, first), ops.int_mm(codes, second)]
+
+    counts = rewritten(codes_as_result, *arguments(), monkeypatch=monkeypatch)
+    assert counts["transform_quantize.default"] == counts["cat.default"] == 1
+    assert counts["engine_int_mm.default"] == 2
+
+
+def test_codes_without_a_kernel_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    def e4m3(codes: Tensor, weight: Tensor) -> list[Tensor]:
+        return [ops.int_mm(codes, weight)]
+
+    codes = torch.randn(5, 48).to(torch.float8_e4m3fn)
+    counts = rewritten(e4m3, codes, arguments()[2], monkeypatch=monkeypatch)
+    assert counts == {"int_mm.default": 1}
+
+
+def test_nothing_changes_without_a_gpu() -> None:
+    codes = torch.randint(-7, 8, (5, 48)).to(torch.int8)
+    gm = make_fx(lambda c, w: ops.int_mm(c, w), tracing_mode="fake")(codes, arguments()[2])
+    before = gm.code
+    use_engine_ops(gm.graph)
+    gm.recompile()
+    assert gm.code == before
+
+
+@pytest.mark.parametrize("num_codes", [1, 2, 7, 8])
+def test_orders_are_each_others_inverse(num_codes: int) -> None:
+    codes = torch.arange(3 * num_codes).view(3, num_codes)
+    engine = engine_ops.to_engine_order(codes)
+    assert torch.equal(engine_ops.to_plain_order(engine), codes)
+    assert engine[0].tolist() == [*range(0, num_codes, 2), *range(1, num_codes, 2)]
+
+
+@pytest.mark.parametrize("lead", [(), (0,), (1,), (3, 5)], ids=str)
+def test_opcheck(lead: tuple[int, ...]) -> None:
+    x, types = torch.randn(*lead, 48), torch.randint(0, NUM_TYPES, lead)
+    tensors, static = operands("duplicate")
+    args = (x, types, *tensors, *static)
+    torch.library.opcheck(ops.engine_transform_quantize.default, args)
+    codes, _ = ops.engine_transform_quantize(*args)
+    weight = pack_int4(torch.randint(-7, 8, (5, codes.shape[-1])).to(torch.int8))
+    torch.library.opcheck(ops.engine_int_mm.default, (codes, weight))
