@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import typer
@@ -73,9 +73,7 @@ class Commands(typer.core.TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with warnings.catch_warnings():
-                if not ctx.params.get("debug"):
-                    _quieten()
+            with nullcontext() if ctx.params.get("debug") else _quiet():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             notes().print("interrupted")
@@ -93,18 +91,26 @@ class Commands(typer.core.TyperGroup):
             raise typer.Exit(2) from error
 
 
-def _quieten() -> None:
+@contextmanager
+def _quiet() -> Iterator[None]:
     """Of all warnings only ours, a line each; TORCH_LOGS and --debug bring the others back."""
 
     def show(message: Warning | str, *args: Any, **kwargs: Any) -> None:
         if str(message).startswith("freeact"):
             notes().print(Text.assemble(("warning: ", "yellow"), str(message)))
 
-    warnings.simplefilter("default")
-    warnings.showwarning = show
-    if "TORCH_LOGS" not in os.environ:
-        # Dynamo tells of every graph break; the report has them.
-        logging.getLogger("torch").setLevel(logging.ERROR)
+    logger = logging.getLogger("torch")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = show
+        if "TORCH_LOGS" not in os.environ:
+            # Dynamo tells of every graph break; the report has them.
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 def message_of(error: BaseException) -> str:
