@@ -22,7 +22,7 @@ const FIELDS = {
   precision: ["precision", String],
   dense_bytes: ["dense weight", bytes],
   packed_bytes: ["packed", bytes],
-  engine_bytes: ["the engine holds besides", bytes],
+  engine_bytes: ["held by the engine", (n) => (n ? bytes(n) : "nothing besides")],
   time_ms: ["time", milliseconds],
   dense_time_ms: ["time of the dense Linear", milliseconds],
 };
@@ -144,7 +144,7 @@ function groupFacts(rows) {
     ["plan", get("plan", String)],
     ["left factor", get("left", (shape) => shape.join(" × "))],
     ["right factor", get("right", (shape) => shape.join(" × "))],
-    ["rank of the branch", get("rank", String)],
+    ["rank of the branch", get("rank", (rank) => (rank ? String(rank) : ""))],
     ["widths of the slices", get("widths", list)],
     ["rare types", get("rare_types", list)],
     ["tokens seen", get("type_counts", (counts) => Object.entries(counts).map(([type, n]) => `${type} ${number(n)}`).join(", "))],

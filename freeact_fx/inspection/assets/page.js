@@ -32,7 +32,7 @@ function renderOverview() {
       tile(`${number(counts.quantized)} of ${number(counts.found)}`, "Linears quantised", bar),
       tile(size.dense ? `${bytes(size.dense)} → ${bytes(size.packed)}` : "–", "their weights, packed",
         size.packed ? el("em", {}, `${(size.dense / size.packed).toPrecision(3)} times smaller`) : null),
-      tile(number(counts.groups ?? 0), "groups with a transform", el("em", {}, plansText())),
+      tile(number(counts.groups ?? 0), "groups of Linears", el("em", {}, plansText())),
       tile(number((report.graphs ?? []).length), (report.graphs ?? []).length === 1 ? "graph" : "graphs", el("em", {}, breaksText())),
       tile(number(typeNames.length), "token types", el("em", {}, typeNames.join(", ")))),
     ...notices());

@@ -5,7 +5,7 @@
 const tree = byId("tree");
 const handles = new WeakMap(); // tree item -> {members, title, unfold, fold}
 const layerItems = new Map(); // layer -> function that shows its item, for reveal()
-const SIZES = { transform: [74, 30], linear: [106, 44] };
+const SIZES = { transform: [70, 30], linear: [98, 44] };
 
 const swatch = (plan, state) => el("span", { class: "swatch", "data-plan": plan, "data-state": state, "aria-hidden": "true" });
 
@@ -46,7 +46,7 @@ function drawLayers(alike, level) {
     return alike.flatMap((layer) => at.map((position) => layer.members[position]));
   };
   const graph = new dagre.graphlib.Graph();
-  graph.setGraph({ rankdir: "LR", nodesep: 8, ranksep: 20, marginx: 2, marginy: 4 });
+  graph.setGraph({ rankdir: "LR", nodesep: 8, ranksep: 18, marginx: 2, marginy: 4 });
   graph.setDefaultEdgeLabel(() => ({}));
   const nodes = new Map();
   let before = [];
@@ -119,7 +119,7 @@ function linearNode(own, everywhere, level) {
 // ---------------------------------------------------------------- the tree
 
 const strip = (members) => el("span", { class: "strip", "aria-hidden": "true" },
-  members.slice(0, 24).map((i) => swatch(planOf(linears[i]), stateOf(linears[i]))), members.length > 24 && "…");
+  members.slice(0, 14).map((i) => swatch(planOf(linears[i]), stateOf(linears[i]))), members.length > 14 && "…");
 
 function worstOf(members) {
   const values = members.map((i) => worstError(linears[i])).filter((x) => x !== null);
@@ -139,11 +139,11 @@ function linearItem(i, level) {
   });
 }
 
-function layerItem(layer, level, open = false) {
+function layerItem(layer, level, { open = false, width = 0 } = {}) {
   const item = treeItem(level, {
     kind: "layer", members: layer.members, title: layer.name, open,
     label: `layer ${layer.name}, ${plural(layer.members.length, "Linear")}`,
-    row: el("div", { class: "row" }, el("span", { class: "chevron" }), el("b", {}, layer.name), strip(layer.members), errorNote(layer.members)),
+    row: el("div", { class: "row" }, el("span", { class: "chevron" }), el("b", { style: `min-width:${width}ch` }, layer.name), strip(layer.members), errorNote(layer.members)),
     children: () => [drawLayers([layer], level + 1)],
   });
   layerItems.set(layer, () => (handles.get(item).unfold(), item));
@@ -163,7 +163,7 @@ function runItem(run, open) {
       const list = treeItem(2, {
         kind: "list", members, title: name, label: `${name}, layer by layer`,
         row: el("div", { class: "row" }, el("span", { class: "chevron" }), "Layer by layer"),
-        children: () => alike.map((layer) => layerItem(layer, 3)),
+        children: () => alike.map((layer) => layerItem(layer, 3, { width: alike.at(-1).name.length })),
       });
       for (const layer of alike)
         layerItems.set(layer, () => {
@@ -187,7 +187,7 @@ function renderWalk() {
   const items = walk.map((item) => {
     if (item.kind === "linear") return linearItem(item.index, 1);
     const isOpen = longest.get(item.stack) === item;
-    return item.layers.length > 1 ? runItem(item, isOpen) : layerItem(item.layers[0], 1, isOpen);
+    return item.layers.length > 1 ? runItem(item, isOpen) : layerItem(item.layers[0], 1, { open: isOpen });
   });
   const ends = (text, note) => el("li", { role: "none", class: "end" }, el("b", {}, text), el("span", { class: "note" }, note));
   tree.replaceChildren(ends("tokens", `types: ${typeNames.join(", ") || "–"}`), ...items, ends("output", ""));
