@@ -77,10 +77,6 @@ RULES = {
         "its bias is computed in the graph ({node}), not a parameter",
         "merge what computes it into the bias before compiling",
     ),
-    "no_value": Rule(
-        "its weight is an input of the graph without a value",
-        "hand rewrite the graph with the weights as example inputs, or as attributes of the module",
-    ),
     "other_plan": Rule(
         "the compiled graph that it shares with {other} was made for plan {theirs}, not {own}",
         "convert the model: converted Linears do not share graphs; or use one plan for all groups",

@@ -30,6 +30,7 @@ from .node_facts import (
     tensor_of,
     value_of,
 )
+from .roots import ancestors, is_own
 
 LINEAR_ARGUMENTS = tuple(
     argument.name for argument in torch.ops.freeact.linear.default._schema.arguments
@@ -162,19 +163,29 @@ def _is_parameter(gm: GraphModule, node: Node, inputs: dict[Node, Any]) -> bool:
 def _module_name(node: Node, weight: Node, tensor: Tensor | None, paths: Mapping[int, str]) -> str:
     if tensor is not None and paths.get(id(tensor)):
         return paths[id(tensor)]
+    if weight.op not in ("placeholder", "get_attr"):
+        weight = _computed_from(weight) or weight
     if weight.op in ("placeholder", "get_attr"):
-        return qualified_name(weight).rpartition(".")[0] or qualified_name(weight)
-    stack = node.meta.get("nn_module_stack")
-    return list(stack.values())[-1][0] if stack else node.name
+        name = qualified_name(weight).rpartition(".")[0] or qualified_name(weight)
+        return name.partition(".parametrizations")[0]
+    return node.name
+
+
+def _computed_from(weight: Node) -> Node | None:
+    """The parameter that a weight is made of by an adapter or the like: one of its shape."""
+    shape = getattr(value_of(weight), "shape", None)
+    above = [n for n in ancestors([weight]) if is_own(n)]
+    alike = [n for n in above if getattr(value_of(n), "shape", None) == shape]
+    return min(
+        alike, key=lambda n: (not qualified_name(n).endswith("weight"), n.name), default=None
+    )
 
 
 def _refusal(
     fact: LinearFact, weight: Tensor | None, tied: bool, config: QuantConfig
 ) -> Reason | None:
     if weight is None:
-        if fact.weight.op not in ("placeholder", "get_attr"):
-            return reason("computed_weight", node=fact.weight.name)
-        return reason("no_value")
+        return reason("computed_weight", node=fact.weight.name)
     if fact.bias is not None and fact.bias.op not in ("placeholder", "get_attr"):
         return reason("computed_bias", node=fact.bias.name)
     return ineligible_reason(
