@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,8 @@ def trace(
             traced(*inputs[0], **inputs[1])
     finally:
         model.train(was_training)
+    for graph in graphs:
+        graph.model = weakref.ref(model)
     return graphs
 
 

@@ -71,6 +71,7 @@ class _Assembly:
     def _is_mine(self, record: GraphRecord) -> bool:
         """A weight that is gone belonged to another model, or to this one before it was changed."""
         weights = [weight for _, weight in record.linears if weight is not None]
+        weights += [weight for weight, _ in record.others]
         if weights:
             return any(id(weight()) in self.paths for weight in weights)
         return record.model is not None and record.model() is self.model
@@ -183,12 +184,13 @@ class _Assembly:
     def _fill_types(self, row: LinearReport, source: str, record: GraphRecord) -> None:
         if FROM_OUTSIDE in row.type_source and source:
             told = f"default: {record.config.type_names[0]}" if source == "unknown" else source
-            row.type_source = row.type_source.replace(FROM_OUTSIDE, told)
+            claims = [told if c == FROM_OUTSIDE else c for c in row.type_source.split("; ")]
+            row.type_source = "; ".join(dict.fromkeys(claims))
             if row.state == "default" and "unknown" not in source:
                 row.state = "typed"
         if row.state == "refused":
             row.way_out = FOLLOW
-        elif row.state == "default" and record.config.num_types > 1:
+        elif record.config.num_types > 1 and (row.state == "default" or source == "unknown"):
             row.way_out = HAND_IN
 
     # ------------------------------------------------------------------ what no graph has

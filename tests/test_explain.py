@@ -352,12 +352,17 @@ def test_types_that_cross_a_graph_break(dry_run: bool) -> None:
 
 def test_types_that_no_one_knows() -> None:
     model, x = tiny_model().blocks[0], torch.randn(2, 8, 48)
-    report = freeact_fx.explain(model, x, options=MASKED)
+    report = freeact_fx.explain(model, x, options={"sink": None, **MASKED})
     assert {r.state for r in report.quantized} == {"default"}
-    assert {r.type_source for r in report.quantized} == {"default: unmasked; default: unmasked"}
+    assert {r.type_source for r in report.quantized} == {"default: unmasked"}
     assert {r.way_out for r in report.quantized} == {HAND_IN}
     assert report.graphs[0].types_from == ({"tokens": "x", "source": "unknown"},)
     assert "7 Linears use the default type 'unmasked'" in str(report)
+    # That the first position is known does not make the others known.
+    report = freeact_fx.explain(model, x, options=MASKED)
+    assert {r.type_source for r in report.quantized} == {"first position; default: unmasked"}
+    assert {r.way_out for r in report.quantized} == {HAND_IN}
+    assert "1 graphs assume the default type 'unmasked'" in str(report)
 
 
 def test_types_that_are_handed_in() -> None:
