@@ -103,6 +103,33 @@ def choose_tile(
     )
 
 
+# Why not 256 x 128, as fast on H200 without types: the scales and types of its tokens spill registers.
+_HOPPER_WIDE = TileConfig(128, 256, 64, num_warps=4, num_stages=4, group_m=16)
+_HOPPER_NARROW = TileConfig(128, 128, 64, num_warps=4, num_stages=6, group_m=16)
+# Below this the split of K over programs keeps more of the chip busy.
+_HOPPER_TOKENS = 65
+
+
+def choose_hopper_tile(num_tokens: int) -> TileConfig:
+    """The tile of the kernel with its own copying warp; ``num_warps`` is that of one of its two groups."""
+    return _HOPPER_WIDE if num_tokens > 128 else _HOPPER_NARROW
+
+
+def fits_hopper(num_codes: int, num_outputs: int, output_bytes: int) -> bool:
+    """Whether that kernel takes a shape: the copy engine wants rows, and the odd codes in them, at multiples of 16
+    bytes, and steps are whole.
+
+    output_bytes  of one output
+    """
+    block_k = _HOPPER_WIDE.block_k
+    return (
+        num_codes % (2 * block_k) == 0
+        and num_codes <= LARGEST_NUM_CODES
+        and num_outputs * output_bytes % 16 == 0
+        and output_bytes == 2
+    )
+
+
 @dataclass(frozen=True)
 class TransformTile:
     """The padded shape of one token in the transform: X [block_in, columns], Z [block_out, columns].

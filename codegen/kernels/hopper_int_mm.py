@@ -1,0 +1,349 @@
+"""The integer product and its epilogue on Hopper, written for its copy engine and its warp groups (Gluon).
+
+The same arithmetic on the same buffers as ``int_mm``. One warp copies tiles into a ring in shared memory; two groups of
+four warps take one half of the outputs each: they unpack weights into registers, multiply, scale, and write the tile
+out while the next one is loaded. Programs are persistent, one per multiprocessor.
+
+Barriers: ``full`` counts the bytes of a stage that have arrived, ``empty`` one arrival from each group. Each group
+has a barrier arrival of its own: with eight warps in one group some arrive before others have read.
+
+Letters as in ``int_mm``; KE is the number of even codes, which is that of the odd ones.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from freeact_fx.codegen.tiles import TileConfig, choose_hopper_tile
+
+# Triton 3.9 has new names for the copies.
+_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+_INSTRUCTION_TOKENS = gl.constexpr(128)  # int8 wgmma is refused at 256
+
+
+@gluon.jit
+def unpack_codes(packed):
+    """The even and the odd code of each byte, times 16, in an int8 (``int_mm.unpack_codes``)."""
+    even, odd = gl.inline_asm_elementwise(
+        """{
+        .reg .b32 low;
+        shl.b32 low, $2, 4;
+        lop3.b32 $0, low, 0xF0F0F0F0, 0x80808080, 0x6A;
+        lop3.b32 $1, $2, 0xF0F0F0F0, 0x80808080, 0x6A;
+        }""",
+        "=r,=r,r",
+        [packed],
+        dtype=(gl.int8, gl.int8),
+        is_pure=True,
+        pack=4,
+    )
+    return even, odd
+
+
+@gluon.jit
+def tile_of(index, num_m, num_n, GROUP_M: gl.constexpr):
+    per_group = GROUP_M * num_n
+    first = index // per_group * GROUP_M
+    rows = gl.minimum(num_m - first, GROUP_M)
+    return first + index % per_group % rows, index % per_group // rows
+
+
+@gluon.jit
+def copy_tiles(
+    codes,
+    weight,
+    codes_ring,
+    weight_ring,
+    full,
+    empty,
+    num_m,
+    num_n,
+    num_even,
+    GROUP_M: gl.constexpr,
+):
+    """The copying warp: packed weights, even codes and odd codes of each step, for each tile of this program."""
+    STAGES: gl.constexpr = weight_ring.shape[0]
+    BLOCK_N: gl.constexpr = weight_ring.shape[1]
+    BLOCK_K: gl.constexpr = weight_ring.shape[2]
+    BLOCK_M: gl.constexpr = codes_ring.shape[1]
+    step = 0
+    for index in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+        tile_m, tile_n = tile_of(index, num_m, num_n, GROUP_M)
+        for byte in range(0, num_even, BLOCK_K):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            arrived = full.index(stage)
+            mbarrier.expect(arrived, (BLOCK_N + 2 * BLOCK_M) * BLOCK_K)
+            _load(weight, [tile_n * BLOCK_N, byte], arrived, weight_ring.index(stage))
+            row = tile_m * BLOCK_M
+            _load(codes, [row, byte], arrived, codes_ring.index(2 * stage))
+            _load(codes, [row, num_even + byte], arrived, codes_ring.index(2 * stage + 1))
+            step += 1
+
+
+@gluon.jit
+def multiply_tiles(
+    out,
+    scale_ptr,
+    weight_scale_ptr,
+    bias_ptr,
+    type_ptr,
+    codes_ring,
+    weight_ring,
+    out_tiles,
+    full,
+    empty,
+    M,
+    N,
+    num_m,
+    num_n,
+    num_even,
+    DEFAULT_TYPE: gl.constexpr,
+    NUM_TYPES: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    HALF: gl.constexpr,
+):
+    """One group of four warps: its half of the outputs of each tile, scaled and written out."""
+    STAGES: gl.constexpr = weight_ring.shape[0]
+    BLOCK_N: gl.constexpr = weight_ring.shape[1]
+    BLOCK_K: gl.constexpr = weight_ring.shape[2]
+    BLOCK_M: gl.constexpr = codes_ring.shape[1]
+    ROWS: gl.constexpr = BLOCK_N // 2
+    TOKENS: gl.constexpr = BLOCK_M if BLOCK_M < _INSTRUCTION_TOKENS else _INSTRUCTION_TOKENS
+    layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 32]
+    )
+    left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout, k_width=4)
+    step = 0
+    for index in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+        tile_m, tile_n = tile_of(index, num_m, num_n, GROUP_M)
+        total = gl.zeros((ROWS, BLOCK_M), gl.int32, layout)
+        for byte in range(0, num_even, BLOCK_K):
+            stage = step % STAGES
+            mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+            packed = weight_ring.index(stage).slice(HALF * ROWS, ROWS).load(left)
+            even, odd = unpack_codes(packed)
+            even_codes = codes_ring.index(2 * stage).permute((1, 0))
+            odd_codes = codes_ring.index(2 * stage + 1).permute((1, 0))
+            total = warpgroup_mma(even, even_codes, total, is_async=True)
+            total = warpgroup_mma(odd, odd_codes, total, is_async=True)
+            # The two products of the step before are done; what they read may be overwritten.
+            total = warpgroup_mma_wait(num_outstanding=2, deps=(total,))
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=byte > 0)
+            step += 1
+        total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+        # Epilogue, in fp32: 1 / 16, the scales of token and output, the bias of the token's type.
+        n = tile_n * BLOCK_N + HALF * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+        m = tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, layout))
+        weight_scale = gl.load(weight_scale_ptr + n, n < N, 0.0) * 0.0625
+        scale = gl.load(scale_ptr + m, m < M, 0.0)
+        y = total.to(gl.float32) * scale[None, :] * weight_scale[:, None]
+        if bias_ptr is not None:
+            if type_ptr is None:
+                y += gl.load(bias_ptr + DEFAULT_TYPE * N + n, n < N, 0.0)[:, None]
+            else:
+                # Why not one load from each token's row: its addresses would fill the registers.
+                token_type = gl.load(type_ptr + m, m < M, 0).to(gl.int32)
+                token_type = gl.where(token_type < 0, token_type + NUM_TYPES, token_type)
+                for of_type in gl.static_range(NUM_TYPES):
+                    bias = gl.load(bias_ptr + of_type * N + n, n < N, 0.0)
+                    y += gl.where((token_type == of_type)[None, :], bias[:, None], 0.0)
+        tma.store_wait(0)
+        out_tiles.index(HALF).store(y.to(out.dtype).permute((1, 0)))
+        fence_async_shared()
+        _store(out, [tile_m * BLOCK_M, tile_n * BLOCK_N + HALF * ROWS], out_tiles.index(HALF))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def hopper_linear_kernel(
+    codes,  # descriptor of [M, K] int8, engine order
+    weight,  # descriptor of [N, bytes] int8
+    out,  # descriptor of [M, N]
+    scale_ptr,  # [M] fp32
+    weight_scale_ptr,  # [N] fp32
+    bias_ptr,  # [P, N] fp32, or None
+    type_ptr,  # [M] int, or None: all tokens are DEFAULT_TYPE
+    M,
+    N,
+    num_even,
+    DEFAULT_TYPE: gl.constexpr,
+    NUM_TYPES: gl.constexpr,
+    STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    codes_ring = gl.allocate_shared_memory(
+        codes.dtype, [2 * STAGES, BLOCK_M, BLOCK_K], codes.layout
+    )
+    weight_ring = gl.allocate_shared_memory(weight.dtype, [STAGES, BLOCK_N, BLOCK_K], weight.layout)
+    out_tiles = gl.allocate_shared_memory(out.dtype, [2, BLOCK_M, BLOCK_N // 2], out.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    num_m, num_n = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N)
+    # Registers of a thread: 232 in the second group, 24 in the copying warp; the first group has what is left.
+    gl.warp_specialize(
+        [
+            (
+                multiply_tiles,
+                (
+                    out,
+                    scale_ptr,
+                    weight_scale_ptr,
+                    bias_ptr,
+                    type_ptr,
+                    codes_ring,
+                    weight_ring,
+                    out_tiles,
+                    full,
+                    empty,
+                    M,
+                    N,
+                    num_m,
+                    num_n,
+                    num_even,
+                    DEFAULT_TYPE,
+                    NUM_TYPES,
+                    GROUP_M,
+                    0,
+                ),
+            ),
+            (
+                multiply_tiles,
+                (
+                    out,
+                    scale_ptr,
+                    weight_scale_ptr,
+                    bias_ptr,
+                    type_ptr,
+                    codes_ring,
+                    weight_ring,
+                    out_tiles,
+                    full,
+                    empty,
+                    M,
+                    N,
+                    num_m,
+                    num_n,
+                    num_even,
+                    DEFAULT_TYPE,
+                    NUM_TYPES,
+                    GROUP_M,
+                    1,
+                ),
+            ),
+            (
+                copy_tiles,
+                (
+                    codes,
+                    weight,
+                    codes_ring,
+                    weight_ring,
+                    full,
+                    empty,
+                    num_m,
+                    num_n,
+                    num_even,
+                    GROUP_M,
+                ),
+            ),
+        ],
+        [4, 1],
+        [232, 24],
+    )
+
+
+def layouts(tile: TileConfig, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """Shared-memory layouts of a tile of codes, of packed weights, and of half a tile of outputs."""
+    out = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}[dtype]
+    shared = gl.NVMMASharedLayout.get_default_for
+    return (
+        shared([tile.block_m, tile.block_k], gl.int8),
+        shared([tile.block_n, tile.block_k], gl.int8),
+        shared([tile.block_m, tile.block_n // 2], out),
+    )
+
+
+def hopper_linear(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias_table: Tensor | None,
+    token_type: Tensor | None,
+    default_type: int,
+    dtype: torch.dtype,
+    tile: TileConfig | None = None,
+) -> Tensor:
+    """A whole linear after its transform, on Hopper.
+
+    codes         [M, K] int8 in engine order, contiguous
+    scale         [M] fp32
+    weight        [N, ceil(K / 8)] int32, contiguous
+    weight_scale  [N] fp32
+    bias_table    [P, N] fp32, or None
+    token_type    [M] integers, or None: all tokens are ``default_type``
+    tile          None: ``choose_hopper_tile``; must be legal for the shape, ``tiles.fits_hopper``
+
+    Returns [M, N] of ``dtype``.
+    """
+    (num_tokens, num_codes), num_outputs = codes.shape, weight.shape[0]
+    out = torch.empty(num_tokens, num_outputs, dtype=dtype, device=codes.device)
+    if out.numel() == 0:
+        return out
+    tile = tile or choose_hopper_tile(num_tokens)
+    of_codes, of_weight, of_out = layouts(tile, dtype)
+    tiles = triton.cdiv(num_tokens, tile.block_m) * triton.cdiv(num_outputs, tile.block_n)
+    hopper_linear_kernel[(min(tiles, _num_multiprocessors(codes.device)),)](
+        TensorDescriptor.from_tensor(codes, [tile.block_m, tile.block_k], of_codes),
+        TensorDescriptor.from_tensor(
+            weight.view(torch.int8), [tile.block_n, tile.block_k], of_weight
+        ),
+        TensorDescriptor.from_tensor(out, [tile.block_m, tile.block_n // 2], of_out),
+        scale,
+        weight_scale,
+        bias_table,
+        token_type,
+        num_tokens,
+        num_outputs,
+        num_codes // 2,
+        DEFAULT_TYPE=default_type,
+        NUM_TYPES=0 if bias_table is None else bias_table.shape[0],
+        STAGES=tile.num_stages,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        GROUP_M=tile.group_m,
+        num_warps=tile.num_warps,
+        enable_fp_fusion=True,
+    )
+    return out
+
+
+@functools.cache
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
