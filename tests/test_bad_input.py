@@ -284,9 +284,9 @@ class OneLinear(nn.Module):
 REFUSED = [
     (16, torch.float32, ("in_features must be at least 32", "got 16")),
     (33, torch.float32, ("in_features must be even", "two 4-bit codes per byte, got 33")),
-    (514, torch.float32, ("Kronecker shape", "2..256", "514 has none", "pad the layer")),
-    (48, torch.float64, ("float32, bfloat16 or float16, got torch.float64", "cast the layer")),
-    (48, torch.complex64, ("float32, bfloat16 or float16, got torch.complex64", "cast the layer")),
+    (514, torch.float32, ("Kronecker shape", "2..256", "514 has none")),
+    (48, torch.float64, ("float32, bfloat16 or float16, got torch.float64",)),
+    (48, torch.complex64, ("float32, bfloat16 or float16, got torch.complex64",)),
 ]
 
 

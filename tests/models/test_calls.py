@@ -320,14 +320,17 @@ def test_inputs_embeds_of_a_picture_model() -> None:
 
 # Dynamo's own, when it traces Gemma's masks.
 @pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("name", ["bert", "llava", "gemma3", "qwen2.5-vl"])
+@pytest.mark.parametrize(
+    "name", ["bert", "bidirectional", "llava", "gemma3", "smolvlm", "qwen2.5-vl"]
+)
 @pytest.mark.parametrize("checks", [True, False], ids=["graph breaks", "one graph"])
 def test_explain_lists_every_linear_once(name: str, checks: bool) -> None:
     model = build(name)
-    pictures = name != "bert"
+    pictures = name not in ("bert", "bidirectional")
     inputs = picture_inputs(name) if pictures else {"input_ids": text_ids(2, 16)}
     with checks_of_transformers(checks):
-        report = freeact_fx.explain(model, **inputs, options={"token_types": PICTURES})
+        options = {"token_types": PICTURES}
+        report = freeact_fx.explain(model, **inputs, options=options, code=True)
     listed = Counter(linear.name for linear in report.linears)
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     # Gemma's projector is a bare parameter and a product.
@@ -336,6 +339,11 @@ def test_explain_lists_every_linear_once(name: str, checks: bool) -> None:
     assert set(listed.values()) == {1}
     unseen = [r.name for r in report.linears if r.reason and r.reason.startswith("no graph has it")]
     assert unseen == (["model.vision_tower.head.attention.out_proj"] if name == "gemma3" else [])
+    assert all(r.quantized or (r.reason and r.way_out) for r in report.linears)
+    # What the report counts is in the rewritten graphs: one product per Linear, one transform per group.
+    code = "\n".join(graph.after or "" for graph in report.graphs)
+    assert code.count("freeact.int_mm(") == report.counts()["quantized"] > 0
+    assert code.count("freeact.transform_quantize(") == report.counts()["groups"]
     groups = [group.members for group in report.groups]
     assert all(n in linears for group in groups for n in group)
     assert sum(len(group) for group in groups) == len(report.quantized)
