@@ -128,12 +128,14 @@ def time_groups(
     *,
     num_tokens: int = 256,
     device: str | None = None,
+    dtype: torch.dtype | None = None,
     runs: int = 15,
     on_group: Callable[[str, int, int], object] | None = None,
 ) -> list[GroupTiming]:
     """Compile and time every distinct kind of group of a report, the slowest of all its groups together first.
 
     device    None: the report's; the CPU for a model that was on the meta device
+    dtype     of activations and dense weights; None: that of the dense weights, bf16 for a converted model's
     on_group  is called before each kind with its first group's name, its number and how many kinds there are
 
     Answers of compiled code are checked against the reference before they are timed. A branch is timed as one that
@@ -151,7 +153,7 @@ def time_groups(
     for index, groups in enumerate(kinds.values()):
         if on_group is not None:
             on_group(groups[0].name, index, len(kinds))
-        timings.append(_time_kind(report, groups, num_tokens, device, runs))
+        timings.append(_time_kind(report, groups, num_tokens, device, dtype, runs))
     return sorted(timings, key=lambda t: -t.dense.median_ms * len(t.groups))
 
 
@@ -198,12 +200,17 @@ class _Together(nn.Module):
 
 
 def _time_kind(
-    report: Report, groups: Sequence[GroupReport], num_tokens: int, device: str, runs: int
+    report: Report,
+    groups: Sequence[GroupReport],
+    num_tokens: int,
+    device: str,
+    dtype: torch.dtype | None,
+    runs: int,
 ) -> GroupTiming:
     from . import compat
 
     rows = [report[name] for name in groups[0].members]
-    dtype, num_features = _dtype(rows[0]), rows[0].shape[1]
+    dtype, num_features = dtype or _dtype(rows[0]), rows[0].shape[1]
     config = replace(QuantConfig.from_options(report.config), quantize=True)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, num_tokens, num_features, generator=generator).to(device, dtype)

@@ -10,7 +10,7 @@ import typer
 
 from freeact_fx.errors import ConfigError
 
-from .console import Commands, notes, output, print_table, say, working
+from .console import Commands, notes, output, print_group_times, print_table, say, working
 
 app = typer.Typer(
     cls=Commands,
@@ -174,9 +174,9 @@ def explain(
         return
     if model is None:
         raise ConfigError("MODEL is missing. Name one, or compare two reports with --diff A B.")
-    from .inspect import explained, is_shown, without_others
+    from .inspect import explained, problems_of, without_others
 
-    found, problems = explained(
+    found, timings = explained(
         _source(model, dtype, device, trust_remote_code),
         _quantisation(checkpoint, set_, mask_token_id, token_types),
         weights=not no_weights,
@@ -194,12 +194,13 @@ def explain(
         console.print(
             shown if console.is_terminal else str(shown), soft_wrap=not console.is_terminal
         )
+        if timings:
+            print_group_times(timings)
         for path in (p for p in (html, json_file) if p is not None):
             say(f"written: {path}")
-    if strict and problems:
+    if strict and (problems := problems_of(found)):
         for name, reason in problems:
-            if is_shown(name, pattern):
-                notes().print(f"strict: {name}: {reason}")
+            notes().print(f"strict: {name}: {reason}")
         notes().print(f"strict: {len(problems)} Linears are not as asked for")
         raise typer.Exit(1)
 
@@ -207,17 +208,13 @@ def explain(
 def _diff(before: Path, after: Path, pattern: str | None, json_file: Path | None) -> None:
     from freeact_fx.report_diff import diff, read_side
 
-    from .inspect import in_words, is_shown
+    from .inspect import change_rows, is_shown
 
     found = diff(read_side(before), read_side(after))
     changes = [change for change in found.changes if is_shown(change.linear, pattern)]
     if not _write_json(json_file, found.to_dict()):
         if changes:
-            rows = [
-                (c.linear, c.what, in_words(c.what, c.before), in_words(c.what, c.after))
-                for c in changes
-            ]
-            print_table("", ("Linear", "what", str(before), str(after)), rows)
+            print_table("", ("Linear", "what", str(before), str(after)), change_rows(changes))
         linears = len({change.linear for change in changes})
         say(f"{linears} Linears differ, {found.num_same} are the same")
     if changes:
@@ -375,8 +372,7 @@ def bench(
         for line in found.agreement_lines():
             say(line)
     if found.groups:
-        header = ("group", "number", "[N, K]", "plan", "dense", "freeact", "speed")
-        print_table("", header, found.group_rows())
+        print_group_times(found.groups)
 
 
 # ------------------------------------------------------------------ doctor

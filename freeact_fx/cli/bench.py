@@ -56,20 +56,6 @@ class Bench:
             f"{self.agreement['same_token']:.1%} of the positions"
         ]
 
-    def group_rows(self) -> list[tuple[str, ...]]:
-        return [
-            (
-                timing.groups[0],
-                str(len(timing.groups)),
-                " ".join(f"[{n}, {k}]" for n, k in timing.shapes),
-                f"{timing.plan}, {timing.precision}",
-                str(timing.dense),
-                str(timing.quantized),
-                f"{timing.speedup:.2f}x",
-            )
-            for timing in self.groups
-        ]
-
     def to_dict(self) -> dict[str, Any]:
         return {
             "title": self.title,
@@ -94,7 +80,6 @@ def benched(
     import torch
 
     import freeact_fx
-    from freeact_fx import Checkpoint, QuantConfig
     from freeact_fx.doctor import cpu_name
     from freeact_fx.timing import num_tokens_of, time_groups
 
@@ -104,28 +89,15 @@ def benched(
         raise ConfigError(f"--dense: {source.model} is dense itself. Leave it out.")
     with working(f"loading {source.model}") as show:
         model = source.open()
-        options = quantisation.options(model.config, is_converted=source.is_converted)
-        types = quantisation.types(model.config)
         if source.is_converted:
-            if len(options):
+            if options := quantisation.options(model, is_converted=True):
                 raise ConfigError(f"{source.model} is converted; leave out: {', '.join(options)}.")
-            types = next(
-                m for m in model.modules() if isinstance(m, freeact_fx.FreeActLinear)
-            ).config.token_types
             dense_model = None if dense is None else dense.open()
         else:
             dense_model, model = model, copy.deepcopy(model)
             show("packing")
-            checkpoint = options.pop("checkpoint", None)
-            if checkpoint is not None and options:
-                raise ConfigError(
-                    f"--checkpoint brings its own configuration; leave out: {', '.join(options)}."
-                )
-            freeact_fx.convert(
-                model,
-                Checkpoint.load(checkpoint) if checkpoint else QuantConfig.from_options(options),
-            )
-        call = inputs.make(model, source, types)
+            quantisation.convert(model)
+        call = inputs.make(model, source, quantisation.types(model))
         num_tokens = num_tokens_of(call)
         chip = torch.cuda.get_device_name() if source.device != "cpu" else cpu_name()
         num_threads = torch.get_num_threads()
@@ -142,6 +114,7 @@ def benched(
             result.groups = time_groups(
                 report,
                 num_tokens=num_tokens,
+                dtype=model.dtype,
                 runs=runs,
                 on_group=lambda name, index, count: show(
                     f"compiling and timing {name} ({index + 1} of {count} kinds of group)"

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 import typer.core
@@ -16,6 +16,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from freeact_fx.timing import GroupTiming
 
 # A pipe has no width: nothing is cut there.
 _PIPE_WIDTH = 1000
@@ -50,6 +53,23 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     output().print(table)
+
+
+def print_group_times(timings: Sequence[GroupTiming]) -> None:
+    """A row for each kind of group; the slowest of all its groups together comes first."""
+    rows = [
+        (
+            timing.groups[0],
+            str(len(timing.groups)),
+            " ".join(f"[{n}, {k}]" for n, k in timing.shapes),
+            f"{timing.plan}, {timing.precision}",
+            str(timing.dense),
+            str(timing.quantized),
+            f"{timing.speedup:.2f}x",
+        )
+        for timing in timings
+    ]
+    print_table("", ("group", "number", "[N, K]", "plan", "dense", "freeact", "speed"), rows)
 
 
 def say(text: str = "", style: str = "") -> None:

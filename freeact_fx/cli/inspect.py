@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from freeact_fx.eligibility import matches
-from freeact_fx.report import Report
+from freeact_fx.report import LinearReport, Report
+from freeact_fx.report_table import folded
 
 from .console import working
 from .models import Quantisation, Source
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from freeact_fx import TokenTypes
+    from freeact_fx.report_diff import Change
+    from freeact_fx.timing import GroupTiming
 
 
 # Rules of ``reasons`` for Linears that were left out by name, or by what they are.
@@ -67,8 +70,8 @@ def explained(
     code: bool,
     activations: Sequence[str],
     timed: bool,
-) -> tuple[Report, list[tuple[str, str]]]:
-    """The report, and what ``--strict`` objects to: names with reasons."""
+) -> tuple[Report, list[GroupTiming]]:
+    """The report, and the times of its groups if they were asked for; the report has these too."""
     import freeact_fx
     from freeact_fx.errors import ConfigError
     from freeact_fx.timing import fill_times, num_tokens_of, time_groups
@@ -79,24 +82,27 @@ def explained(
         raise ConfigError(f"--no-weights: {source.model} is a converted model. Leave it out.")
     with working(f"loading {source.model}") as show:
         model = source.open() if weights else source.open_without_weights(num_layers)
-        options = quantisation.options(model.config, is_converted=source.is_converted)
-        call = inputs.make(model, source, quantisation.types(model.config))
+        options = quantisation.options(model, is_converted=source.is_converted)
+        call = inputs.make(model, source, quantisation.types(model))
         show("tracing")
         report = freeact_fx.explain(
             model, options=options, code=code, activations=activations, **call
         )
+        timings: list[GroupTiming] = []
         if timed:
             timings = time_groups(
                 report,
                 num_tokens=num_tokens_of(call),
+                dtype=model.dtype,
                 on_group=lambda name, index, count: show(f"timing {name} ({index + 1} of {count})"),
             )
             fill_times(report, timings)
-    return report, problems_of(report)
+    return report, timings
 
 
 def problems_of(report: Report) -> list[tuple[str, str]]:
-    """Linears left alone though nobody asked for it, and those whose types were lost."""
+    """What ``--strict`` objects to, names with reasons: Linears left alone though nobody asked for it, and those whose
+    types were lost."""
     included = tuple(report.config.get("include", ()))
     left = [
         (r.name, str(r.reason))
@@ -118,7 +124,17 @@ def without_others(report: Report, pattern: str) -> Report:
     return replace(report, linears=linears, groups=[g for g in report.groups if g.name in used])
 
 
-def in_words(what: str, value: Any) -> str:
+def change_rows(changes: Sequence[Change]) -> list[tuple[str, str, str, str]]:
+    """A row for every change, the same change of Linears in several layers in one."""
+    alike: dict[tuple[str, str, str], list[LinearReport]] = {}
+    for change in changes:
+        sides = (_in_words(change.what, side) for side in (change.before, change.after))
+        linear = LinearReport(change.linear, (0, 0))
+        alike.setdefault((change.what, *sides), []).append(linear)  # type: ignore[arg-type]
+    return [(fold.label, *said) for said, linears in alike.items() for fold in folded(linears)]
+
+
+def _in_words(what: str, value: Any) -> str:
     """One side of a difference."""
     if value is None:
         return "-"

@@ -83,26 +83,47 @@ class Quantisation:
     mask_token_id: int | None
     token_types: str | None
 
-    def types(self, config: Any) -> TokenTypes:
-        """The token types for the model of a config: those that were asked for, the checkpoint's, the config's."""
-        from freeact_fx import Checkpoint, TokenTypes
+    def types(self, model: nn.Module) -> TokenTypes:
+        """The token types of a model: those that it was converted for or that were asked for, the checkpoint's, its
+        config's."""
+        from freeact_fx import Checkpoint, FreeActLinear, TokenTypes
 
         if self.mask_token_id is not None and self.token_types is not None:
             raise ConfigError("--mask-token-id and --token-types: give one of them.")
         if self.mask_token_id is not None:
             return TokenTypes.mask_token(self.mask_token_id)
         if self.token_types is not None:
-            return parse_token_types(self.token_types, config)
+            return parse_token_types(self.token_types, model.config)
         if self.checkpoint is not None:
             return Checkpoint.load(self.checkpoint).config.token_types
-        return default_types(config)
+        ours = (m.config.token_types for m in model.modules() if isinstance(m, FreeActLinear))
+        return next(ours, None) or default_types(model.config)
 
-    def options(self, config: Any, *, is_converted: bool = False) -> dict[str, Any]:
+    def options(self, model: nn.Module, *, is_converted: bool = False) -> dict[str, Any]:
         """As ``torch.compile(options=...)`` takes them. A checkpoint or a converted model brings its own types."""
+        if is_converted and self.checkpoint is not None:
+            raise ConfigError(
+                "--checkpoint: the model is converted, with a checkpoint. Leave it out."
+            )
         options = parse_settings(self.settings)
         asked = self.mask_token_id is not None or self.token_types is not None
         if asked or not (is_converted or self.checkpoint or "token_types" in options):
-            options["token_types"] = self.types(config)
+            options["token_types"] = self.types(model)
         if self.checkpoint is not None:
             options["checkpoint"] = str(self.checkpoint)
         return options
+
+    def convert(self, model: nn.Module) -> dict[str, str]:
+        """Convert a dense model in place; what was left alone. A checkpoint brings its own configuration."""
+        import freeact_fx
+        from freeact_fx import Checkpoint, QuantConfig
+
+        options = self.options(model)
+        checkpoint = options.pop("checkpoint", None)
+        if checkpoint is None:
+            return freeact_fx.convert(model, QuantConfig.from_options(options))
+        if options:
+            raise ConfigError(
+                f"--checkpoint brings its own configuration; leave out: {', '.join(options)}."
+            )
+        return freeact_fx.convert(model, Checkpoint.load(checkpoint))

@@ -118,11 +118,11 @@ def calibrated(
     bound = None if max_bytes is None else parse_bytes(max_bytes)
     with working(f"loading {source.model}"):
         model = source.open()
-        types = quantisation.types(model.config)
+        types = quantisation.types(model)
         batches = _batches(
             source, model, types, text_file, batches_file, num_tokens, batch, num_windows
         )
-    options = quantisation.options(model.config)
+    options = quantisation.options(model)
     config = QuantConfig.from_options(options)
     checkpoint = freeact_fx.calibrate(
         model, batches, config, progress=progress, max_bytes=bound, resume=resume
@@ -214,8 +214,6 @@ class Converted:
 
 
 def converted(source: Source, quantisation: Quantisation, out: Path) -> Converted:
-    import freeact_fx
-    from freeact_fx import Checkpoint, QuantConfig
     from freeact_fx.converted import checkpoint_of, save_converted
 
     if source.is_converted:
@@ -224,18 +222,9 @@ def converted(source: Source, quantisation: Quantisation, out: Path) -> Converte
         raise ConfigError(f"--out {out}: that is the model's own folder. Name another.")
     with working(f"loading {source.model}") as show:
         model = source.open()
-        options = quantisation.options(model.config)
-        checkpoint = options.pop("checkpoint", None)
-        if checkpoint is not None and options:
-            raise ConfigError(
-                f"--checkpoint brings its own configuration; leave out: {', '.join(options)}."
-            )
         sizes = {n: p.numel() * p.element_size() for n, p in model.named_parameters()}
         show("packing")
-        left = freeact_fx.convert(
-            model,
-            Checkpoint.load(checkpoint) if checkpoint else QuantConfig.from_options(options),
-        )
+        left = quantisation.convert(model)
         show(f"writing {out}")
         save_converted(model, out)
         _copy_companions(source.model, out)
