@@ -21,6 +21,7 @@ from calibrated import DLLM_CONFIG, dllm_checkpoint
 from evaluation import denoise_step, mask_tokens, score_masked_tokens, text_windows
 from measure import environment, time_interleaved
 from presentation import (
+    complete_report,
     heading,
     linears_summary,
     mark_tokens,
@@ -162,7 +163,7 @@ def main() -> None:
         for name, model in models.items():
             with working(f"compiling {name}"):
                 model(example)
-    print(linears_summary(freeact_fx.explain(models["W4A4 calibrated"])))
+    print(linears_summary(complete_report(models["W4A4 calibrated"])))
 
     heading(f"Masked tokens, mask ratio {args.mask_ratio}: NLL / accuracy")
     rows = [["", *models]]

@@ -20,7 +20,7 @@ from calibrated import VLM_CONFIG, vlm_checkpoint
 from evaluation import VLM_LENGTH, Questions, load_questions, prompt_ids, score_answers
 from measure import environment, time_interleaved
 from PIL import Image, ImageDraw, ImageFont
-from presentation import heading, linears_summary, paragraph, table, working
+from presentation import complete_report, heading, linears_summary, paragraph, table, working
 from small_models import CACHE, EOS, REPOSITORY, Tokenizer, load_tokenizer, load_vision_language
 from storage import describe_bytes
 from torch import Tensor
@@ -117,7 +117,7 @@ def main() -> None:
     for name, model in models.items():
         with working(f"compiling {name}, first answers"):
             answers[name] = answer(model, examples, tokenizer)
-    print(linears_summary(freeact_fx.explain(models["W4A4 calibrated"])))
+    print(linears_summary(complete_report(models["W4A4 calibrated"])))
 
     heading("Questions and answers")
     rows = [["question", "wanted", *answers]]

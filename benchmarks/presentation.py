@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from itertools import groupby
 
 from small_models import MASK_TOKEN, Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import freeact_fx
@@ -58,6 +58,19 @@ def table(rows: Sequence[Sequence[object]]) -> str:
         aligned = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         lines.append("  ".join([first.ljust(widths[0]), *aligned]).rstrip())
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def complete_report(compiled: nn.Module) -> freeact_fx.Report:
+    """The report of a compiled model; stops the demo if a Linear is not in it just once, matched or with a reason."""
+    report = freeact_fx.explain(compiled)
+    kinds = (nn.Linear, freeact_fx.FreeActLinear)
+    wanted = {name for name, m in compiled._orig_mod.named_modules() if isinstance(m, kinds)}
+    listed = Counter(r.name for r in report.linears)
+    assert wanted <= set(listed) and set(listed.values()) == {1}, wanted ^ set(listed)
+    assert all(r.quantized or (r.reason and r.way_out) for r in report.linears)
+    members = [name for group in report.groups for name in group.members]
+    assert sorted(members) == sorted(r.name for r in report.quantized)
+    return report
 
 
 def linears_summary(report: freeact_fx.Report) -> str:
