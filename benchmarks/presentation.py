@@ -66,7 +66,8 @@ def complete_report(compiled: nn.Module) -> freeact_fx.Report:
     kinds = (nn.Linear, freeact_fx.FreeActLinear)
     wanted = {name for name, m in compiled._orig_mod.named_modules() if isinstance(m, kinds)}
     listed = Counter(r.name for r in report.linears)
-    assert wanted <= set(listed) and set(listed.values()) == {1}, wanted ^ set(listed)
+    assert wanted <= set(listed), wanted - set(listed)
+    assert set(listed.values()) == {1}, listed
     assert all(r.quantized or (r.reason and r.way_out) for r in report.linears)
     members = [name for group in report.groups for name in group.members]
     assert sorted(members) == sorted(r.name for r in report.quantized)
