@@ -7,10 +7,14 @@
 
 Codes in engine order live only between the two. Codes that come from elsewhere (a branch's transform, which Inductor
 makes out of plain ops) are reordered in front of the product.
+
+On Hopper a product with its scales and its bias table becomes one ``engine_linear``. Elsewhere, and where something
+else is among them, they stay pointwise ops that Inductor makes the epilogue of the product's template.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -18,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from .engine_ops import has_kernels, takes_codes
+from .engine_ops import has_kernels, takes_codes, takes_linear
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 freeact = torch.ops.freeact
 
 
@@ -38,7 +42,71 @@ def use_engine_ops(graph: Graph) -> None:
             reordered[codes] = codes if _swap_producer(codes) else _reorder(graph, codes)
         node.target = freeact.engine_int_mm.default
         node.args = (reordered[codes], *node.args[1:])
+        output = _output_of(node)
+        if output is not None and not _fuse_for_hopper(graph, node, output):
+            with graph.inserting_after(output):
+                marked = graph.call_function(freeact.linear_output.default, (output,))
+            marked.meta["val"] = output.meta["val"]
+            output.replace_all_uses_with(
+                marked, delete_user_cb=lambda user, own=marked: user is not own
+            )
+    graph.eliminate_dead_code()
     graph.lint()
+
+
+def _output_of(product: Node) -> Node | None:
+    """The cast at the end of a product's epilogue; None if the Linear's output is in fp32 or not to be found."""
+    node = product
+    while len(node.users) == 1:
+        (node,) = node.users
+        if node.target is prims.convert_element_type.default:
+            return None if node.args[1] == torch.float32 else node
+        if node.target not in (aten.mul.Tensor, aten.add.Tensor):
+            return None
+    return None
+
+
+def _fuse_for_hopper(graph: Graph, product: Node, output: Node) -> bool:
+    """Make one op of what ``insert`` wrote: product, two scales, maybe a row of the bias table, cast."""
+    codes, weight = product.args
+    value: Tensor = codes.meta["val"]
+    dtype = output.meta["val"].dtype
+    num_tokens = math.prod(value.shape[:-1])
+    num_tokens = num_tokens.node.hint if isinstance(num_tokens, torch.SymInt) else num_tokens
+    if num_tokens is None or not takes_linear(value, weight.meta["val"], dtype, num_tokens):
+        return False
+    chain = [product]
+    while chain[-1] is not output:
+        chain.extend(chain[-1].users)
+    steps = chain[1:-1]
+    scales = [step.args[1] for step in steps[:2] if step.target is aten.mul.Tensor]
+    is_chain = all(step.args[0] is before for before, step in zip(chain, steps, strict=False))
+    if len(scales) != 2 or len(steps) > 3 or not is_chain:
+        return False
+    if scales[1].target is not aten.select.int or scales[1].meta["val"].dim() != 1:
+        return False
+    bias = _bias_of(steps[2]) if len(steps) == 3 else (None, None, 0)
+    if bias is None:
+        return False
+    with graph.inserting_before(output):
+        fused = graph.call_function(
+            freeact.engine_linear.default, (codes, scales[0], weight, scales[1], *bias, dtype)
+        )
+    fused.meta["val"] = output.meta["val"]
+    output.replace_all_uses_with(fused)
+    return True
+
+
+def _bias_of(add: Node) -> tuple[Node, Node | None, int] | None:
+    """Table, types and default type of a row of the bias table that is added."""
+    row = add.args[1]
+    if add.target is not aten.add.Tensor or not isinstance(row, Node):
+        return None
+    if row.target is aten.select.int and row.args[1] == 0:
+        return row.args[0], None, row.args[2]
+    if row.target is aten.index.Tensor and len(row.args[1]) == 1:
+        return row.args[0], row.args[1][0], 0
+    return None
 
 
 def _swap_producer(codes: Node) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from freeact_fx import reference
 
-from .tiles import LARGEST_NUM_CODES
+from .tiles import HOPPER_TOKENS, LARGEST_NUM_CODES, fits_hopper
 
 
 def to_engine_order(codes: Tensor) -> Tensor:
@@ -102,3 +102,79 @@ def engine_int_mm(codes: Tensor, weight: Tensor) -> Tensor:
 @engine_int_mm.register_fake
 def _(codes, weight):  # type: ignore[no-untyped-def]
     return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("freeact::engine_linear", mutates_args=())
+def engine_linear(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias_table: Tensor | None,
+    token_type: Tensor | None,
+    default_type: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Product and epilogue in one: ``reference.epilogue`` for one slice and no branch.
+
+    codes         [..., K] int8 in engine order
+    scale         [..., 1] fp32
+    weight        [N, ceil(K / 8)] int32
+    weight_scale  [N] fp32
+    bias_table    [P, N] fp32, or None
+    token_type    [...] integers, or None: all tokens are ``default_type``
+
+    Returns [..., N] of ``dtype``. The kernel is for shapes that ``takes_linear`` and Hopper.
+    """
+    if has_kernels(codes.device):
+        from .kernels.hopper_int_mm import hopper_linear
+
+        out = hopper_linear(
+            codes.reshape(-1, codes.shape[-1]).contiguous(),
+            scale.reshape(-1).contiguous(),
+            weight.contiguous(),
+            weight_scale.contiguous(),
+            None if bias_table is None else bias_table.contiguous(),
+            None if token_type is None else token_type.reshape(-1).contiguous(),
+            default_type,
+            dtype,
+        )
+        return out.view(*codes.shape[:-1], weight.shape[0])
+    y = engine_int_mm(codes, weight) * scale * weight_scale
+    if bias_table is not None:
+        y = y + reference.rows_of_type(bias_table, token_type, default_type)
+    return y.to(dtype)
+
+
+@engine_linear.register_fake
+def _(codes, scale, weight, weight_scale, bias_table, token_type, default_type, dtype):  # type: ignore[no-untyped-def]
+    return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=dtype)
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether the kernels written for Hopper alone run on a device."""
+    return has_kernels(device) and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def takes_linear(codes: Tensor, weight: Tensor, dtype: torch.dtype, num_tokens: int) -> bool:
+    """Whether ``engine_linear`` is the kernel for a Linear on Hopper.
+
+    num_tokens  as far as it is known
+    """
+    return (
+        is_hopper(codes.device)
+        and num_tokens >= HOPPER_TOKENS
+        and fits_hopper(codes.shape[-1], weight.shape[0], dtype.itemsize)
+    )
+
+
+@torch.library.custom_op("freeact::linear_output", mutates_args=())
+def linear_output(y: Tensor) -> Tensor:
+    """The output of a Linear, for Inductor to write to memory as it is: a product's fp32 integers, which it would
+    otherwise rather write and scale where they are read, are larger."""
+    return y.clone()
+
+
+@linear_output.register_fake
+def _(y):  # type: ignore[no-untyped-def]
+    return torch.empty_like(y)

@@ -106,8 +106,8 @@ def choose_tile(
 # Why not 256 x 128, as fast on H200 without types: the scales and types of its tokens spill registers.
 _HOPPER_WIDE = TileConfig(128, 256, 64, num_warps=4, num_stages=4, group_m=16)
 _HOPPER_NARROW = TileConfig(128, 128, 64, num_warps=4, num_stages=6, group_m=16)
-# Below this the split of K over programs keeps more of the chip busy.
-_HOPPER_TOKENS = 65
+# With fewer tokens K is split among programs instead.
+HOPPER_TOKENS = 65
 
 
 def choose_hopper_tile(num_tokens: int) -> TileConfig:

@@ -88,6 +88,11 @@ def register_decomposition(op: torch._ops.OpOverload, function: Callable[..., An
     inductor_decomposition.fast_random_decomps.cache_clear()
 
 
+# A product writes its Linear's output: its epilogue is not to be fused with what reads that first, leaving the product
+# to write fp32.
+_OUR_OPTIONS = {"epilogue_fusion_first": True}
+
+
 def compile_with_inductor(
     gm: GraphModule, example_inputs: Sequence[Any], options: dict[str, Any], options_digest: str
 ) -> Callable[..., Any]:
@@ -103,7 +108,7 @@ def compile_with_inductor(
         pass_value = _Both(theirs, key)
     with torch.no_grad():
         compiled: Any = compile_fx(
-            gm, list(example_inputs), config_patches={**options, slot: pass_value}
+            gm, list(example_inputs), config_patches={**_OUR_OPTIONS, **options, slot: pass_value}
         )
         return compiled
 

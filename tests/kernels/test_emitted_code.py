@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,14 +24,14 @@ import triton
 from offline import INT8_INSTRUCTIONS, compile_kernel
 from torch._inductor import config as inductor_config
 from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.graph import GraphLowering
 from triton.backends.compiler import GPUTarget
 
 import freeact_fx
 from freeact_fx import QuantConfig, TokenTypes
 from freeact_fx.codegen import engine_graph, lowering
-from freeact_fx.codegen.templates import int_mm as _  # noqa: F401  (registers the lowering)
 
-WIDTH, HIDDEN, MASK = 128, 256, 60
+WIDTH, HIDDEN, MASK = 512, 1024, 60
 
 
 class Layer(nn.Module):
@@ -69,23 +70,39 @@ class NoGpu:
         return GPUTarget("cuda", 90, 32)
 
 
+@dataclass
+class Emissions:
+    """What Inductor wrote: the sources of distinct kernels, and the code that calls them."""
+
+    kernels: list[str] = field(default_factory=list)
+    callers: list[str] = field(default_factory=list)
+
+    def calls(self, kind: str) -> int:
+        return sum(len(re.findall(rf"\b(triton_{kind}_\w+)\.run\(", code)) for code in self.callers)
+
+    @property
+    def products(self) -> list[str]:
+        return [source for source in self.kernels if "def triton_tem_" in source]
+
+
 @pytest.fixture
-def emitted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The sources of the kernels that Inductor emits meanwhile."""
-    sources: list[str] = []
+def emitted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emissions]:
+    """What Inductor emits meanwhile."""
+    pytest.importorskip("freeact_fx.codegen.templates.int_mm")
+    emissions = Emissions()
 
     def catch(self: AsyncCompile, name: str, source: str, device_str: str = "cuda") -> Any:
-        sources.append(source)
+        emissions.kernels.append(source)
         return SimpleNamespace(run=stop)
 
     monkeypatch.setattr(AsyncCompile, "triton", catch)
+    monkeypatch.setattr(GraphLowering, "save_output_code", emissions.callers.append)
     for module in (engine_graph, lowering):
         monkeypatch.setattr(module, "has_kernels", lambda device: True)
     monkeypatch.setattr(triton.runtime.driver, "_active", NoGpu())
-    lowering.register()
     options = {"cpu_backend": "triton", "compile_threads": 1, "fx_graph_cache": False}
     with inductor_config.patch(options):
-        yield sources
+        yield emissions
 
 
 def compile_layer(num_tokens: int) -> None:
@@ -99,37 +116,39 @@ def compile_layer(num_tokens: int) -> None:
             torch.compile(model, backend="freeact", options={"strict": True})(ids)
 
 
-def bodies(sources: list[str], name: str) -> list[str]:
-    return [s for s in sources if re.search(rf"def triton_{name}\w*\(", s)]
-
-
 @pytest.mark.inductor
-def test_one_kernel_per_linear_and_its_epilogue_inside(emitted: list[str]) -> None:
+def test_one_kernel_per_linear_with_its_epilogue(emitted: Emissions) -> None:
     compile_layer(512)
-    products = bodies(emitted, "tem_fused")
-    assert len(products) == 7
-    # q, k, v, o, gate, up, down; norms and embedding are the only other kernels.
-    assert len(emitted) - len(products) <= 4
-    for source in products:
+    assert emitted.calls("tem") == 7
+    # The types of the tokens with the embedding and its norm, and the second norm.
+    others = sum(emitted.calls(kind) for kind in ("poi", "red", "per"))
+    assert others <= 4
+    assert emitted.callers[0].count("torch.ops.freeact.engine_transform_quantize.default(") == 4
+    for source in emitted.products:
         assert "* 0.0625" in source
-        assert len(re.findall(r"tl\.store\(", source)) == 1
-    residuals = [s for s in products if "silu" in s or "exp(" in s]
-    assert residuals, "SiLU * mul is in the epilogue of gate or up"
+        (stored,) = re.findall(r"tl\.store\((\w+)", source)
+        signature = source.split("'signature': {")[1]
+        assert re.search(rf"'{stored}': '\*bf16'", signature), (
+            "what is stored is the Linear's output"
+        )
+    assert any("exp(" in source for source in emitted.products), "SiLU * mul is in an epilogue"
 
 
 @pytest.mark.inductor
-def test_few_tokens_split_k_and_sum_in_the_epilogue(emitted: list[str]) -> None:
+def test_few_tokens_share_k_and_the_sum_is_in_the_epilogue(emitted: Emissions) -> None:
     compile_layer(4)
-    partial = [s for s in bodies(emitted, "tem_fused") if "idx_split" in s and "SPLIT_K : " in s]
-    split = [s for s in partial if not re.search(r"SPLIT_K : tl\.constexpr = 1\b", s)]
-    assert split
-    assert not any("* 0.0625" in s for s in split)
+    assert emitted.calls("tem") == 7
+    for source in emitted.products:
+        assert not re.search(r"SPLIT_K : tl\.constexpr = 1\b", source)
+        assert "* 0.0625" not in source
+    # Each product and its sum with the epilogue, the norms and the types.
+    assert sum(emitted.calls(kind) for kind in ("poi", "red", "per")) <= 7 + 4
 
 
 @pytest.mark.inductor
-def test_an_emitted_kernel_compiles_for_hopper(emitted: list[str], tmp_path: Path) -> None:
+def test_an_emitted_kernel_compiles_for_hopper(emitted: Emissions, tmp_path: Path) -> None:
     compile_layer(512)
-    source = bodies(emitted, "tem_fused")[0]
+    source = emitted.products[0]
     (name,) = re.findall(r"def (triton_\w+)\(", source)
     # Without what Inductor writes around the function to launch it.
     code = (
