@@ -103,7 +103,7 @@ def quantise_graph(
     graph.num_nodes_after = len(gm.graph.nodes)
     graph.after = readable(gm) if chosen.code else None
     report = GraphRecord.of(gm, inputs, config, packer, graph, compat.outermost_module())
-    watch.finish(report)
+    watch.finish(report, quiet=chosen.dry_run)
     if config.strict and not chosen.dry_run:
         _raise_on_refusals(report, config)
 

@@ -62,8 +62,11 @@ class Watch:
         _write(pass_log, logging.DEBUG, lambda: f"after {name}:\n{text(self._gm)}")
         self._show(name, "string", lambda: annotated_code(self._gm))
 
-    def finish(self, record: GraphRecord) -> None:
-        """Tell what became of the graph's Linears: the last call, before the compiler has the graph."""
+    def finish(self, record: GraphRecord, *, quiet: bool = False) -> None:
+        """Tell what became of the graph's Linears: the last call, before the compiler has the graph.
+
+        quiet  no warnings: the user asked for a report
+        """
         rows = [row for row, _ in record.linears]
         label, config = record.graph.label, record.config
         report = Report(
@@ -75,7 +78,7 @@ class Watch:
         )
         _write(log, logging.INFO, lambda: f"{label}: {self._summary(report)}")
         _write(log, logging.DEBUG, lambda: "\n".join(map(_row_text, rows)))
-        for text in _warnings(rows, record.unexpected(config)):
+        for text in () if quiet else _warnings(rows, record.unexpected(config)):
             torch._logging.warning_once(log, f"{label}: {text}")
         self._show("report", "json", lambda: json.dumps(report.to_dict(), indent=1))
 

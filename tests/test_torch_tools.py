@@ -154,7 +154,9 @@ def test_structured_trace(looked: Looked) -> None:
     artifacts = looked.artifacts
     assert "# freeact: up" not in artifacts["freeact_before"]
     assert "# freeact: up [64, 32]\n" in artifacts["freeact_detect"]
-    assert re.search(r"# freeact: up \[64, 32\], typed: input_ids == 63", artifacts["freeact_annotate"])
+    assert re.search(
+        r"# freeact: up \[64, 32\], typed: input_ids == 63", artifacts["freeact_annotate"]
+    )
     assert "# freeact: lm_head [64, 32] is left alone: listed" in artifacts["freeact_insert"]
     assert "up_int_mm" in artifacts["freeact_insert"]
     report = freeact_fx.Report.from_dict(json.loads(artifacts["freeact_report"]))
@@ -278,6 +280,8 @@ class Conflict(nn.Module):
 
 
 def test_warnings_are_for_what_a_user_can_change(caplog: pytest.LogCaptureFixture) -> None:
+    freeact_fx.explain(OddWidths(), torch.randn(2, 33))  # says so in its report
+    assert not ours(caplog)
     for _ in range(2):  # once each
         torch._dynamo.reset()
         compiled(OddWidths().eval())(torch.randn(2, 33))
@@ -347,25 +351,27 @@ def test_added_nodes_have_the_place_and_the_name_of_their_linear(converted: bool
     before = {node.name for node in originals.graphs[0].graph.nodes}
     module = recorder.graphs[0].module
     linears = [n for n in originals.graphs[0].graph.nodes if _is_linear(n)]
-    meta = {name: node.meta for name, node in zip(LINEARS, linears, strict=False)}
+    meta = {name: node.meta for name, node in zip([*LINEARS, "lm_head"], linears, strict=True)}
     added = [n for n in module.graph.nodes if n.op == "call_function" and n.name not in before]
     assert len(added) > 5 * len(LINEARS)
-    seen = set()
+    owners = set()
     for node in added:
-        name = re.sub(r"_(\d)_", r".\1.", node.name).rpartition(".")[2].partition("_")[0]
-        name = node.name.split("_")[1] + "." + name if node.name.startswith("blocks_") else ""
-        own = meta[f"blocks.{name}"] if name else meta["blocks.0.q"]  # types: for the first
-        seen.add(name)
+        names = (name for name in LINEARS if node.name.startswith(f"{name.replace('.', '_')}_"))
+        owner = next(names, None)
+        owners.add(owner)
+        if owner is None:
+            assert node.name.startswith("token_types_")
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
-            assert node.meta[key] == own[key], (node, key)
-    assert seen == {name.removeprefix("blocks.") for name in LINEARS} | {""}
+            # The first Linear has the types made.
+            assert node.meta[key] == meta[owner or LINEARS[0]][key], (node, key)
+    assert owners == {*LINEARS, None}
 
 
 def _is_linear(node: Any) -> bool:
     return node.target in (torch._C._nn.linear, torch.ops.freeact.linear.default)
 
 
-def test_errors_name_the_users_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_name_the_users_line() -> None:
     """As AOTAutograd and Inductor run a graph: node by node."""
     recorder = Recorder(tiny_model(), token_types=MASKED)
     torch.no_grad()(recorder.compile())(masked_ids())
