@@ -229,13 +229,6 @@ def _processor() -> Iterator[Check]:
 # ------------------------------------------------------------------ GPU
 
 
-def has_gpu_engine() -> bool:
-    """Whether the integer product has a kernel of its own on CUDA devices."""
-    from . import ops  # noqa: F401
-
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("freeact::int_mm", "CUDA"))
-
-
 def _gpu() -> Iterator[Check]:
     if not torch.cuda.is_available():
         built = "" if torch.version.cuda else " (this torch is built for the CPU)"
@@ -250,26 +243,27 @@ def _gpu() -> Iterator[Check]:
             f"{found.name}, compute capability {found.major}.{found.minor}, "
             f"{found.total_memory / 2**30:.0f} GiB",
         )
-    if not has_gpu_engine():
+    if _has_gpu_kernels():
         yield Check(
             "gpu",
             "gpu engine",
-            LIMIT,
-            "no int8 or fp8 kernel in this version: on a GPU products run in plain PyTorch, correct and slower than "
-            "dense",
-            "Run on the CPU, or use what 4 bits save in memory.",
+            OK,
+            "int8 tensor cores, by kernels in Triton; e4m3 activations run in plain PyTorch, correct and slow",
         )
         return
-    major, minor = torch.cuda.get_device_capability()
-    engines = ["int8 tensor cores"] if (major, minor) >= (8, 0) else []
-    engines += ["fp8 tensor cores"] if (major, minor) >= (8, 9) else []
     yield Check(
         "gpu",
         "gpu engine",
-        OK if engines else LIMIT,
-        " and ".join(engines) if engines else "no tensor cores for 8 bits that are used",
-        None if engines else "A GPU of compute capability 8.0 or above.",
+        LIMIT,
+        "none: on this GPU products run in plain PyTorch, correct and slower than dense",
+        "The kernels need an NVIDIA GPU of compute capability 8.0 or above, and Triton. Or run on the CPU.",
     )
+
+
+def _has_gpu_kernels() -> bool:
+    from .codegen.engine_ops import has_kernels
+
+    return torch.cuda.is_available() and has_kernels(torch.device("cuda"))
 
 
 # ------------------------------------------------------------------ compiler and cache
@@ -361,32 +355,44 @@ class _Probe(nn.Module):
         return result
 
 
+def _devices() -> list[str]:
+    return ["cpu", "cuda"] if _has_gpu_kernels() else ["cpu"]
+
+
 def _executed() -> Iterator[Check]:
-    yield _product_check()
-    yield _compile_check()
+    for device in _devices():
+        yield _product_check(device)
+        yield _compile_check(device)
 
 
-def _product_check() -> Check:
+def _on(name: str, device: str) -> str:
+    return name if device == "cpu" else f"{name} on the gpu"
+
+
+def _product_check(device: str) -> Check:
     """Codes times packed codes, held against 64-bit integers."""
+    name = _on("integer product", device)
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-127, 128, (64, 512), generator=generator)
     weight = torch.randint(-7, 8, (96, 512), generator=generator)
     try:
-        got = torch.ops.freeact.int_mm(codes.to(torch.int8), pack_int4(weight.to(torch.int8)))
+        packed = pack_int4(weight.to(torch.int8)).to(device)
+        got = torch.ops.freeact.int_mm(codes.to(device, torch.int8), packed)
     except Exception as error:  # whatever it is, it is the answer
-        return _failure("integer product", error)
-    wrong = int((got.long() != codes @ weight.t()).sum())
+        return _failure(name, error)
+    wrong = int((got.cpu().long() != codes @ weight.t()).sum())
     return Check(
         "checks",
-        "integer product",
+        name,
         FAILED if wrong else OK,
         f"[64, 512] x [512, 96]: {wrong} of {got.numel()} values differ from 64-bit integers",
         "Please report this." if wrong else None,
     )
 
 
-def _compile_check() -> Check:
-    """A tiny model through torch.compile, held against the same passes run eagerly, and against float."""
+def _compile_check(device: str) -> Check:
+    """A tiny model through torch.compile, held against the same passes run eagerly on the CPU, and against float."""
+    name = _on("compilation", device)
     generator = torch.Generator().manual_seed(0)
     probe = _Probe().eval().requires_grad_(False)
     x = torch.randn(4, 32, 128, generator=generator)
@@ -400,21 +406,22 @@ def _compile_check() -> Check:
         from . import compat
 
         with torch.no_grad():
-            start = time.perf_counter()
-            with compat.traced_apart(probe, "freeact") as compiled:
-                got = compiled(x)
-            seconds = time.perf_counter() - start
+            exact = probe(x)
             with compat.traced_apart(probe, eager) as compiled:
                 want = compiled(x)
-            exact = probe(x)
+            probe.to(device)
+            start = time.perf_counter()
+            with compat.traced_apart(probe, "freeact") as compiled:
+                got = compiled(x.to(device)).cpu()
+            seconds = time.perf_counter() - start
     except Exception as error:  # a compiler that is missing or broken, for one
-        return _failure("compilation", error)
+        return _failure(name, error)
     difference = float((got - want).norm() / want.norm())
     rounding = float((want - exact).norm() / exact.norm())
     is_right = difference < 1e-2 and 0 < rounding < 0.5
     return Check(
         "checks",
-        "compilation",
+        name,
         OK if is_right else FAILED,
         f"a model of two Linears compiled in {seconds:.1f} s; it differs from the reference by {difference:.1e}, "
         f"from float by {rounding:.1e} (4-bit rounding)",
@@ -435,12 +442,33 @@ def _failure(name: str, error: Exception) -> Check:
 
 def _speed() -> Iterator[Check]:
     """The product alone in each arithmetic, and what that means."""
+    for device in _devices():
+        yield from _product_speed(device)
+    if _has_bf16(_instructions()):
+        yield Check(
+            "speed",
+            "do not expect",
+            OK,
+            "on this CPU more speed than compiled bf16: it has bf16 instructions, and a bf16 Linear is about as fast "
+            "at K=2048 and faster at K=576 (README.md). What stays is the memory",
+        )
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
+        yield Check(
+            "speed",
+            "do not expect on hopper",
+            OK,
+            "more arithmetic from 4-bit activations than from 8-bit ones: both run on the int8 engine, and W4A4 is no "
+            "faster than W4A8. 4 bits save the weights' memory and bandwidth",
+        )
+
+
+def _product_speed(device: str) -> Iterator[Check]:
     num_tokens, num_outputs, num_features = _PRODUCT_SHAPE
-    x = torch.randn(num_tokens, num_features)
-    weight = torch.randn(num_outputs, num_features)
+    x = torch.randn(num_tokens, num_features, device=device)
+    weight = torch.randn(num_outputs, num_features, device=device)
     x_half, weight_half = x.bfloat16(), weight.bfloat16()
-    codes = torch.randint(-7, 8, x.shape, dtype=torch.int8)
-    packed = pack_int4(torch.randint(-7, 8, weight.shape, dtype=torch.int8))
+    codes = torch.randint(-7, 8, x.shape, dtype=torch.int8, device=device)
+    packed = pack_int4(torch.randint(-7, 8, weight.shape, dtype=torch.int8, device=device))
     timings = time_interleaved(
         {
             "fp32": lambda: nn.functional.linear(x, weight),
@@ -450,31 +478,17 @@ def _speed() -> Iterator[Check]:
         runs=9,
     )
     shape = f"M={num_tokens}, N={num_outputs}, K={num_features}"
-    listed = ", ".join(f"{name} {t.median_ms:.2f} ms" for name, t in timings.items())
-    yield Check("speed", "product", OK, f"on this CPU, {shape}: {listed}")
-    instructions = _instructions()
+    listed = "; ".join(f"{name} {timing}" for name, timing in timings.items())
+    scatter = any(t.upper_ms > 1.5 * t.lower_ms for t in timings.values())
+    busy = "; they scatter: the machine is busy, and this says little" if scatter else ""
+    yield Check("speed", _on("product", device), OK, f"{shape}: {listed}{busy}")
     over = {n: timings[n].median_ms / timings["int8"].median_ms for n in ("fp32", "bf16")}
+    copy = ", and an int8 copy besides at run time" if device == "cpu" else ""
     yield Check(
         "speed",
-        "expect",
+        _on("expect", device),
         OK,
         f"the bare int8 product is {over['fp32']:.1f} times as fast as fp32 and {over['bf16']:.1f} times as fast as "
-        f"bf16; transform and rounding take a part of that, the larger the narrower the layer. Weights take about "
-        f"a quarter of bf16 on disk, and on the CPU an int8 copy besides",
+        f"bf16; transform and rounding take a part of that, the larger the narrower the layer. Packed weights take "
+        f"about a quarter of bf16{copy}",
     )
-    if _has_bf16(instructions):
-        yield Check(
-            "speed",
-            "do not expect",
-            OK,
-            "more speed than compiled bf16: this CPU has bf16 instructions, and a bf16 Linear is about as fast at "
-            "K=2048 and faster at K=576 (README.md). What stays is the memory",
-        )
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
-        yield Check(
-            "speed",
-            "do not expect on hopper",
-            OK,
-            "more arithmetic from 4-bit activations than from 8-bit ones: both run on the int8 (or fp8) engine. "
-            "4 bits save the weights' memory and bandwidth",
-        )

@@ -214,7 +214,7 @@ def _diff(before: Path, after: Path, pattern: str | None, json_file: Path | None
     changes = [change for change in found.changes if is_shown(change.linear, pattern)]
     if not _write_json(json_file, found.to_dict()):
         if changes:
-            print_table("", ("Linear", "what", str(before), str(after)), change_rows(changes))
+            print_table(("Linear", "what", str(before), str(after)), change_rows(changes))
         linears = len({change.linear for change in changes})
         say(f"{linears} Linears differ, {found.num_same} are the same")
     if changes:
@@ -281,7 +281,7 @@ def calibrate(
         progress=progress and notes().is_terminal,
     )
     if not _write_json(json_file, found.to_dict()):
-        print_table("", ("plan", "groups", "Linears", *found.type_names), found.rows())
+        print_table(("plan", "groups", "Linears", *found.type_names), found.rows())
         for line in found.notes():
             say(line)
         say(f"written: {out}")
@@ -368,7 +368,7 @@ def bench(
         return
     say(found.title)
     if found.model:
-        print_table("", ("model", "median (quartiles)", "tokens/s", "speed"), found.model_rows())
+        print_table(("model", "median (quartiles)", "tokens/s", "speed"), found.model_rows())
         for line in found.agreement_lines():
             say(line)
     if found.groups:

@@ -38,15 +38,9 @@ def notes() -> Console:
     )
 
 
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table; the first column is aligned left, and so is every one with words in it."""
-    table = Table(
-        title=title or None,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        show_edge=False,
-    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for index, name in enumerate(header):
         is_number = index > 0 and all(row[index][:1].isdigit() for row in rows)
         table.add_column(name, justify="right" if is_number else "left", overflow="fold")
@@ -69,7 +63,7 @@ def print_group_times(timings: Sequence[GroupTiming]) -> None:
         )
         for timing in timings
     ]
-    print_table("", ("group", "number", "[N, K]", "plan", "dense", "freeact", "speed"), rows)
+    print_table(("group", "number", "[N, K]", "plan", "dense", "freeact", "speed"), rows)
 
 
 def say(text: str = "", style: str = "") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from .arguments import default_types, parse_dtype, parse_settings, parse_token_t
 if TYPE_CHECKING:
     from torch import nn
 
-    from freeact_fx import TokenTypes
+    from freeact_fx import Checkpoint, TokenTypes
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,17 @@ class Quantisation:
     mask_token_id: int | None
     token_types: str | None
 
+    @functools.cached_property
+    def loaded(self) -> Checkpoint | None:
+        """The checkpoint, read once."""
+        from freeact_fx import Checkpoint
+
+        return None if self.checkpoint is None else Checkpoint.load(self.checkpoint)
+
     def types(self, model: nn.Module) -> TokenTypes:
         """The token types of a model: those that it was converted for or that were asked for, the checkpoint's, its
         config's."""
-        from freeact_fx import Checkpoint, FreeActLinear, TokenTypes
+        from freeact_fx import FreeActLinear, TokenTypes
 
         if self.mask_token_id is not None and self.token_types is not None:
             raise ConfigError("--mask-token-id and --token-types: give one of them.")
@@ -94,8 +102,8 @@ class Quantisation:
             return TokenTypes.mask_token(self.mask_token_id)
         if self.token_types is not None:
             return parse_token_types(self.token_types, model.config)
-        if self.checkpoint is not None:
-            return Checkpoint.load(self.checkpoint).config.token_types
+        if self.loaded is not None:
+            return self.loaded.config.token_types
         ours = (m.config.token_types for m in model.modules() if isinstance(m, FreeActLinear))
         return next(ours, None) or default_types(model.config)
 
@@ -109,14 +117,14 @@ class Quantisation:
         asked = self.mask_token_id is not None or self.token_types is not None
         if asked or not (is_converted or self.checkpoint or "token_types" in options):
             options["token_types"] = self.types(model)
-        if self.checkpoint is not None:
-            options["checkpoint"] = str(self.checkpoint)
+        if self.loaded is not None:
+            options["checkpoint"] = self.loaded
         return options
 
     def convert(self, model: nn.Module) -> dict[str, str]:
         """Convert a dense model in place; what was left alone. A checkpoint brings its own configuration."""
         import freeact_fx
-        from freeact_fx import Checkpoint, QuantConfig
+        from freeact_fx import QuantConfig
 
         options = self.options(model)
         checkpoint = options.pop("checkpoint", None)
@@ -126,4 +134,4 @@ class Quantisation:
             raise ConfigError(
                 f"--checkpoint brings its own configuration; leave out: {', '.join(options)}."
             )
-        return freeact_fx.convert(model, Checkpoint.load(checkpoint))
+        return freeact_fx.convert(model, checkpoint)
