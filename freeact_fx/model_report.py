@@ -92,12 +92,12 @@ class _Assembly:
         source = self._types_from(record, index)
         for row, weight in record.linears:
             for name in names.get(row.name, ()):
-                group = names[row.group][0] if row.group in names else ""
+                own_group = names[row.group][0] if row.group in names else ""
                 earlier = self.rows[name].graphs if name in self.rows else ()
                 graphs = earlier if index in earlier else (*earlier, index)
-                own = replace(row, name=name, group=group, graphs=graphs)
+                own = replace(row, name=name, group=own_group, graphs=graphs)
                 if own.quantized:
-                    own.plan = self.groups[group].plan
+                    own.plan = self.groups[own_group].plan
                     self._fill_errors(own, record, None if weight is None else weight())
                     self._fill_types(own, source, record)
                 self.rows[name] = own

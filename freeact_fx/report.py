@@ -235,7 +235,7 @@ class Report:
                 f"Report.from_dict: version must be {SCHEMA_VERSION}, got {version!r}. Make the report anew with "
                 f"this freeact_fx."
             )
-        rows = {
+        rows: dict[str, Any] = {
             name: [_row_from(kind, entry, name) for entry in data.get(name, ())]
             for name, kind in _ROWS.items()
         }

@@ -116,7 +116,11 @@ class GraphRecord:
                 row = _left_alone(row, why)
             rows.append((row, weight))
         groups = [
-            replace(group, name=renamed[group.name], members=tuple(map(renamed.get, group.members)))
+            replace(
+                group,
+                name=renamed[group.name],
+                members=tuple(renamed[member] for member in group.members),
+            )
             for group in self.groups
         ]
         groups = [] if problem is not None else groups
