@@ -38,6 +38,7 @@ from .passes.insert import (
     use_reference_product,
 )
 from .passes.node_facts import LinearFact, facts_of, tensor_of, value_of
+from .reasons import Reason
 from .report_log import GraphRecord, record
 from .runner import DryRunner, Runner
 from .transform import GroupTransform
@@ -186,8 +187,8 @@ def _placeholders(gm: GraphModule) -> list[Node]:
 
 def _operands_of(
     gm: GraphModule, inputs: dict[Node, Any], packer: Packer
-) -> Callable[[LinearFact], LinearOperands | str]:
-    def operands(linear: LinearFact) -> LinearOperands | str:
+) -> Callable[[LinearFact], LinearOperands | Reason]:
+    def operands(linear: LinearFact) -> LinearOperands | Reason:
         weight, bias = _parameters(gm, inputs, linear)
         found = packer.pack(linear.name, weight, bias, transposed=linear.transposed)
         return found if isinstance(found, str) else LinearOperands(*found)

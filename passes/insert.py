@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from freeact_fx.config import QuantConfig
+from freeact_fx.reasons import Reason
 from freeact_fx.reference import slice_of_token
 from freeact_fx.transform import GroupTransform, PackedLinear
 
@@ -54,7 +55,7 @@ def insert_freeact_ops(
     *,
     inputs: dict[Node, Any],
     config: QuantConfig,
-    operands: Callable[[LinearFact], LinearOperands | str],
+    operands: Callable[[LinearFact], LinearOperands | Reason],
 ) -> GraphModule:
     """Replace every Linear that is not refused.
 
@@ -74,7 +75,7 @@ def insert_freeact_ops(
             replacement = linear.operands
         else:
             found = operands(linear)
-            if isinstance(found, str):
+            if isinstance(found, Reason):
                 linear.refusal = found
                 continue
             with editor.part_of(_label(linear)):
