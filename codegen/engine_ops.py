@@ -16,14 +16,14 @@ reference, so that graphs with them can be tested anywhere.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from freeact_fx import reference
 
-from .tiles import HOPPER_TOKENS, LARGEST_NUM_CODES, fits_hopper
+from .tiles import HOPPER_TOKENS, LARGEST_NUM_CODES, fits_hopper, hopper_transform_tile
 
 
 def to_engine_order(codes: Tensor) -> Tensor:
@@ -69,16 +69,33 @@ def engine_transform_quantize(
     """``freeact::transform_quantize`` to int8 codes in engine order."""
     operands = (shift, channel_scale, left, right, clip)
     static = (widths, slice_of_type, default_type)
-    if has_kernels(x.device):
-        from .kernels.transform_quantize import is_supported, transform_quantize
-
-        if is_supported(left, right, widths, qmax):
-            flat = x.reshape(-1, x.shape[-1])
-            types = None if token_type is None else token_type.reshape(-1)
-            codes, scale = transform_quantize(flat, types, *operands, *static, qmax)
-            return codes.view(*x.shape[:-1], codes.shape[-1]), scale.view(*x.shape[:-1], 1)
+    kernel = _transform_kernel(left, right, widths, qmax) if has_kernels(x.device) else None
+    if kernel is not None:
+        flat = x.reshape(-1, x.shape[-1])
+        types = None if token_type is None else token_type.reshape(-1)
+        codes, scale = kernel(flat, types, *operands, *static, qmax)
+        return codes.view(*x.shape[:-1], codes.shape[-1]), scale.view(*x.shape[:-1], 1)
     codes, scale, _ = reference.transform_quantize(x, token_type, *operands, None, *static, 0, qmax)
     return to_engine_order(codes), scale.contiguous()
+
+
+def _transform_kernel(
+    left: Tensor, right: Tensor, widths: Sequence[int], qmax: int
+) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The fastest kernel of a device for a transform, or None if none has its shape or format."""
+    from .kernels import hopper_transform_quantize as hopper
+    from .kernels import transform_quantize as portable
+
+    if not portable.is_supported(left, right, widths, qmax):
+        return None
+    is_square = len(widths) == 1 and left.shape[0] == left.shape[1]
+    if (
+        is_square
+        and is_hopper(left.device)
+        and hopper_transform_tile(left.shape[0], right.shape[-1])
+    ):
+        return hopper.hopper_transform_quantize
+    return portable.transform_quantize
 
 
 @engine_transform_quantize.register_fake

@@ -156,6 +156,35 @@ def transform_tile(d1: int, width: int, d2: int) -> TransformTile:
     return TransformTile(_padded(d1), block_out, columns, num_warps)
 
 
+@dataclass(frozen=True)
+class HopperTransformTile:
+    """The padded shape of one token in the transform for Hopper: [rows, columns].
+
+    rows_in             the rows of X that the first product sums over, in one or two powers of two; the second is 0 if
+                        there is one
+    per_multiprocessor  programs for which a multiprocessor has registers
+    """
+
+    rows: int
+    columns: int
+    rows_in: tuple[int, int]
+    num_warps: int
+    per_multiprocessor: int
+
+
+def hopper_transform_tile(d1: int, d2: int) -> HopperTransformTile | None:
+    """The tile of a square Kronecker shape, or None where the portable kernel is for it: rows that would be mostly
+    padding of a warp group's 64, and columns that do not fit its registers."""
+    rows, columns = _padded(d1), _padded(d2)
+    if not (64 <= rows <= 128 and 16 <= columns <= 128) or d2 % 2:
+        return None
+    rows_in = (rows, 0)
+    if rows == 128 and d1 <= 96:
+        rows_in = (64, _padded(d1 - 64))
+    programs = {64 * 64: 3, 64 * 128: 2}.get(rows * columns, 1)
+    return HopperTransformTile(rows, columns, rows_in, rows // 16, programs)
+
+
 def _padded(size: int) -> int:
     """The tensor cores' smallest tile, or the next power of two."""
     return max(16, 1 << (size - 1).bit_length())

@@ -12,6 +12,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 # The matrix instruction that a chip must be given for 8-bit integers and for fp16.
 INT8_INSTRUCTIONS = {
@@ -50,15 +51,27 @@ def compile_kernel(
     num_stages: int = 3,
 ) -> Compiled:
     """Compile a ``triton.jit`` function with all pointers and sizes divisible by 16."""
-    arguments = pointers | numbers | dict.fromkeys(constants, "constexpr")
-    signature = {name: arguments[name] for name in kernel.arg_names}
+    source = ASTSource(**_source(kernel, pointers | numbers, constants))
+    return compile_source(source, capability, num_warps=num_warps, num_stages=num_stages)
+
+
+def compile_gluon(
+    kernel: Any, *, arguments: dict[str, str], constants: dict[str, Any], num_warps: int
+) -> Compiled:
+    """The same for a ``gluon.jit`` function, for Hopper."""
+    source = GluonASTSource(**_source(kernel, arguments, constants))
+    return compile_source(source, 90, num_warps=num_warps)
+
+
+def _source(kernel: Any, arguments: dict[str, str], constants: dict[str, Any]) -> dict[str, Any]:
+    kinds = arguments | dict.fromkeys(constants, "constexpr")
+    signature = {name: kinds[name] for name in kernel.arg_names}
     divisible = {
         (index,): [["tt.divisibility", 16]]
         for index, kind in enumerate(signature.values())
         if kind.startswith("*") or kind.startswith("i")
     }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
-    return compile_source(source, capability, num_warps=num_warps, num_stages=num_stages)
+    return {"fn": kernel, "signature": signature, "constexprs": constants, "attrs": divisible}
 
 
 def compile_source(source: Any, capability: int, **options: int) -> Compiled:

@@ -1,0 +1,204 @@
+"""``transform_quantize`` for Hopper, written for its warp groups (Gluon): the same arithmetic, one slice.
+
+A program works on one token at a time and loads the next one meanwhile. ``Z = (L^T X) R``: L^T comes out of registers,
+where it stays for all tokens; the token goes through shared memory; what the first product leaves in registers is the
+left operand of the second, whose right one, R, stays in shared memory. The rows of X are taken in one or two powers of
+two (96 = 64 + 32), so that no product is over padding alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from freeact_fx.codegen.tiles import HopperTransformTile, hopper_transform_tile
+
+SMALLEST = gl.constexpr(1e-30)
+# Triton 3.9 has a new name for it.
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+TIES_TO_EVEN = gl.constexpr(12582912.0)  # as in transform_quantize
+
+
+@gluon.jit
+def largest_magnitude(tile):
+    """As in ``transform_quantize``: NaN if the tile holds one."""
+    bits = tile.to(gl.int32, bitcast=True) & 0x7FFFFFFF
+    return gl.max(gl.max(bits, 1), 0).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def larger(one, other):
+    return gl.where((one >= other) | (one != one), one, other)
+
+
+@gluon.jit
+def hopper_transform_quantize_kernel(
+    x_ptr,  # [M, K] floating
+    type_ptr,  # [M] int, or None: all tokens are DEFAULT_TYPE
+    shift_ptr,  # [P, K] fp32 or bf16, or None
+    channel_scale_ptr,  # [K] fp32, or None
+    left_ptr,  # [D1, D1] fp32
+    right_ptr,  # [D2, D2] fp32
+    clip_ptr,  # [P] fp32
+    codes_ptr,  # [M, K] int8, engine order
+    scale_ptr,  # [M] fp32
+    M,
+    D1: gl.constexpr,
+    D2: gl.constexpr,
+    NUM_TYPES: gl.constexpr,
+    DEFAULT_TYPE: gl.constexpr,
+    QMAX: gl.constexpr,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    IN_A: gl.constexpr,
+    IN_B: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    K: gl.constexpr = D1 * D2
+    PER_ROW: gl.constexpr = COLUMNS // 8 if COLUMNS < 256 else 32
+    tokens: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [32 // PER_ROW, PER_ROW], [num_warps, 1], [1, 0]
+    )
+    mma: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, COLUMNS, 16]
+    )
+    left_operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma, k_width=2)
+    of_token: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], gl.float16)
+    of_right: gl.constexpr = gl.NVMMASharedLayout.get_default_for([COLUMNS, COLUMNS], gl.float16)
+    token_tile = gl.allocate_shared_memory(gl.float16, [ROWS, COLUMNS], of_token)
+    right_tile = gl.allocate_shared_memory(gl.float16, [COLUMNS, COLUMNS], of_right)
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, tokens))[:, None]
+    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, tokens))[None, :]
+    inside = (row < D1) & (column < D2)
+    offset = row * D2 + column
+    # Both factors, in units of their largest magnitude.
+    right_row = gl.arange(0, COLUMNS, gl.SliceLayout(1, tokens))[:, None]
+    right = gl.load(right_ptr + right_row * D2 + column, (right_row < D2) & (column < D2), 0.0)
+    right_unit = larger(largest_magnitude(right), SMALLEST)
+    right_tile.store((right * (1 / right_unit)).to(gl.float16))
+    out = gl.arange(0, ROWS, gl.SliceLayout(1, left_operand))[:, None]
+    in_a = gl.arange(0, IN_A, gl.SliceLayout(0, left_operand))[None, :]
+    left_a = gl.load(left_ptr + in_a * D1 + out, (out < D1) & (in_a < D1), 0.0)
+    left_unit = larger(largest_magnitude(left_a), SMALLEST)
+    if IN_B > 0:
+        in_b = IN_A + gl.arange(0, IN_B, gl.SliceLayout(0, left_operand))[None, :]
+        left_b = gl.load(left_ptr + in_b * D1 + out, (out < D1) & (in_b < D1), 0.0)
+        left_unit = larger(left_unit, largest_magnitude(left_b))
+        left_b16 = (left_b * (1 / left_unit)).to(gl.float16)
+    left_a16 = (left_a * (1 / left_unit)).to(gl.float16)
+    if channel_scale_ptr is not None:
+        channel_scale = gl.load(channel_scale_ptr + offset, inside, 0.0)
+    step = gl.num_programs(0)
+    token = gl.program_id(0).to(gl.int64)
+    x_next = gl.load(x_ptr + token * K + offset, inside & (token < M), 0.0)
+    while token < M:
+        x = x_next.to(gl.float32)
+        token_type = DEFAULT_TYPE
+        if type_ptr is not None:
+            token_type = gl.load(type_ptr + token).to(gl.int32)
+            token_type = gl.where(token_type < 0, token_type + NUM_TYPES, token_type)
+        clip = gl.load(clip_ptr + token_type)
+        x_next = gl.load(x_ptr + (token + step) * K + offset, inside & (token + step < M), 0.0)
+        # Shift and scale; then in units of the largest magnitude, so that fp16 holds it.
+        if shift_ptr is not None:
+            x -= gl.load(shift_ptr + token_type * K + offset, inside, 0.0).to(gl.float32)
+        if channel_scale_ptr is not None:
+            x *= channel_scale
+        unit = larger(largest_magnitude(x), SMALLEST)
+        token_tile.store((x * (1 / unit)).to(gl.float16))
+        fence_async_shared()
+        _barrier()
+        # Z = (L^T X) R: fp16 operands, fp32 sums.
+        y = gl.zeros((ROWS, COLUMNS), gl.float32, mma)
+        y = warpgroup_mma(left_a16, token_tile.slice(0, IN_A), y, use_acc=False, is_async=True)
+        if IN_B > 0:
+            y = warpgroup_mma(left_b16, token_tile.slice(IN_A, IN_B), y, is_async=True)
+        y = warpgroup_mma_wait(num_outstanding=0, deps=(y,))
+        y16 = gl.convert_layout(y.to(gl.float16), left_operand)
+        z = gl.zeros((ROWS, COLUMNS), gl.float32, mma)
+        z = warpgroup_mma(y16, right_tile, z, use_acc=False, is_async=True)
+        z = warpgroup_mma_wait(num_outstanding=0, deps=(z,))
+        # Grid of the token, and its codes: even columns of all rows, then the odd ones.
+        per_code = larger(largest_magnitude(z) * clip / QMAX, SMALLEST)
+        gl.store(scale_ptr + token, larger(per_code * unit * left_unit * right_unit, SMALLEST))
+        grid = gl.minimum(gl.maximum(z * (1 / per_code), -QMAX), QMAX)
+        codes = ((grid + TIES_TO_EVEN) - TIES_TO_EVEN).to(gl.int8)
+        even, odd = gl.split(gl.reshape(codes, (ROWS, COLUMNS // 2, 2)))
+        PAIRS_PER_ROW: gl.constexpr = COLUMNS // 32 if COLUMNS >= 32 else 1
+        stored: gl.constexpr = gl.BlockedLayout(
+            [1, 16], [32 // PAIRS_PER_ROW, PAIRS_PER_ROW], [num_warps, 1], [1, 0]
+        )
+        pair_row = gl.arange(0, ROWS, gl.SliceLayout(1, stored))[:, None]
+        pair = gl.arange(0, COLUMNS // 2, gl.SliceLayout(0, stored))[None, :]
+        target = codes_ptr + token * K + pair_row * (D2 // 2) + pair
+        here = (pair_row < D1) & (pair < D2 // 2)
+        gl.store(target, gl.convert_layout(even, stored), here)
+        gl.store(target + K // 2, gl.convert_layout(odd, stored), here)
+        token += step
+
+
+def hopper_transform_quantize(
+    x: Tensor,
+    token_type: Tensor | None,
+    shift: Tensor | None,
+    channel_scale: Tensor | None,
+    left: Tensor,
+    right: Tensor,
+    clip: Tensor,
+    widths: Sequence[int],
+    slice_of_type: Sequence[int],
+    default_type: int,
+    qmax: int,
+) -> tuple[Tensor, Tensor]:
+    """``transform_quantize`` on Hopper, for one slice with a square left factor.
+
+    Shapes are those that ``tiles.hopper_transform_tile`` has a tile for.
+
+    Returns codes [M, K] int8 in engine order and scale [M, 1] fp32.
+    """
+    (num_tokens, num_features), d1, d2 = x.shape, left.shape[0], right.shape[-1]
+    codes = torch.empty(num_tokens, num_features, dtype=torch.int8, device=x.device)
+    scale = torch.empty(num_tokens, 1, dtype=torch.float32, device=x.device)
+    if num_tokens == 0:
+        return codes, scale
+    tile = hopper_transform_tile(d1, d2)
+    assert tile is not None
+    contiguous = (None if t is None else t.contiguous() for t in (token_type, shift, channel_scale))
+    hopper_transform_quantize_kernel[(min(num_tokens, _num_programs(x.device, tile)),)](
+        x.contiguous(),
+        *contiguous,
+        left.contiguous(),
+        right.contiguous(),
+        clip.contiguous(),
+        codes,
+        scale,
+        num_tokens,
+        D1=d1,
+        D2=d2,
+        NUM_TYPES=len(slice_of_type),
+        DEFAULT_TYPE=default_type,
+        QMAX=qmax,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        IN_A=tile.rows_in[0],
+        IN_B=tile.rows_in[1],
+        num_warps=tile.num_warps,
+        enable_fp_fusion=True,
+    )
+    return codes, scale
+
+
+@functools.cache
+def _num_programs(device: torch.device, tile: HopperTransformTile) -> int:
+    """As many as are on the chip at a time; each keeps the factors and walks over tokens."""
+    return tile.per_multiprocessor * torch.cuda.get_device_properties(device).multi_processor_count
