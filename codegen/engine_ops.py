@@ -41,6 +41,7 @@ def has_kernels(device: torch.device) -> bool:
     """Whether our Triton kernels run on a device: NVIDIA from sm_80 on, with Triton installed."""
     return (
         device.type == "cuda"
+        and torch.cuda.is_available()
         and torch.version.hip is None
         and importlib.util.find_spec("triton") is not None
         and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -13,10 +13,18 @@ def engine_of(device: torch.device, config: QuantConfig) -> tuple[str, str]:
         return "float32", "aten.linear"
     if device.type == "meta":
         return "that of the device", "freeact.int_mm"
-    if device.type != "cpu":
-        return "float64", "reference.int_mm"
     if config.activation_bits == "e4m3":
         return "float32", "aten.mm"
+    if _has_kernels(device):
+        return "int8 tensor cores", "freeact.engine_int_mm"
+    if device.type != "cpu":
+        return "float64", "reference.int_mm"
     if not torch.backends.mkldnn.is_available():
         return "float64", "reference.int_mm"
     return "onednn u8s8", "onednn.qlinear_pointwise"
+
+
+def _has_kernels(device: torch.device) -> bool:
+    from .codegen.engine_ops import has_kernels
+
+    return has_kernels(device)

@@ -1,0 +1,204 @@
+"""Every kernel on the GPU that is there, and a compiled model on it beside the CPU. Run by hand: ``pytest -m gpu``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_transforms import random_transform
+from torch import Tensor, nn
+from transform_bound import codes_of
+
+import freeact_fx
+from freeact_fx import QuantConfig, TokenTypes, reference
+from freeact_fx.codegen import engine_ops
+from freeact_fx.codegen.engine_ops import to_engine_order, to_plain_order
+from freeact_fx.reference import pack_int4
+from freeact_fx.transform import GroupTransform
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+needs_hopper = pytest.mark.skipif(not HOPPER, reason="for Hopper alone")
+NUM_TYPES = 2
+GPU = torch.device("cuda")
+ops = torch.ops.freeact
+
+
+def random_codes(*shape: int, largest: int) -> Tensor:
+    return torch.randint(-largest, largest + 1, shape).to(torch.int8)
+
+
+def exact_product(codes: Tensor, weight_i4: Tensor) -> Tensor:
+    """In fp64 on the GPU, where integers of this size are exact."""
+    return codes.to(GPU).double() @ weight_i4.to(GPU).double().t()
+
+
+# ------------------------------------------------------------------ the integer product
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(1, 600),
+    st.integers(1, 600),
+    st.integers(1, 300).map(lambda pairs: 2 * pairs),
+    st.sampled_from([7, 127]),
+)
+def test_product_of_any_shape(
+    num_tokens: int, num_outputs: int, num_codes: int, largest: int
+) -> None:
+    codes = random_codes(num_tokens, num_codes, largest=largest)
+    weight_i4 = random_codes(num_outputs, num_codes, largest=7)
+    product = ops.int_mm(codes.to(GPU), pack_int4(weight_i4).to(GPU))
+    assert torch.equal(product.double(), exact_product(codes, weight_i4))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 64, 256, 1000])
+@pytest.mark.parametrize(("num_outputs", "num_codes"), [(4096, 4096), (12288, 4096), (4096, 12288)])
+def test_product_of_real_shapes(num_tokens: int, num_outputs: int, num_codes: int) -> None:
+    codes = random_codes(num_tokens, num_codes, largest=127)
+    weight_i4 = random_codes(num_outputs, num_codes, largest=7)
+    product = ops.int_mm(codes.to(GPU), pack_int4(weight_i4).to(GPU))
+    assert torch.equal(product.double(), exact_product(codes, weight_i4))
+
+
+def test_product_of_more_than_2_to_the_31_elements() -> None:
+    num_tokens, num_codes, num_outputs = 2**31 // 4096 + 200, 4096, 8
+    codes = torch.zeros(num_tokens, num_codes, dtype=torch.int8, device=GPU)
+    rows = torch.tensor([0, num_tokens // 2, num_tokens - 1])
+    codes[rows] = random_codes(3, num_codes, largest=7).to(GPU)
+    weight_i4 = random_codes(num_outputs, num_codes, largest=7)
+    product = engine_ops.engine_int_mm(to_engine_order(codes), pack_int4(weight_i4).to(GPU))
+    assert torch.equal(product[rows].double(), exact_product(codes[rows], weight_i4))
+    assert int(product.count_nonzero()) <= 3 * num_outputs
+
+
+# ------------------------------------------------------------------ the product for Hopper
+
+
+@needs_hopper
+@pytest.mark.parametrize("typed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("num_tokens", "num_outputs", "num_codes"),
+    [(65, 256, 128), (100, 72, 256), (129, 8, 128), (1000, 4096, 4096), (8192, 12288, 4096)],
+)
+def test_hopper_linear(
+    num_tokens: int, num_outputs: int, num_codes: int, dtype: torch.dtype, typed: bool
+) -> None:
+    codes = random_codes(num_tokens, num_codes, largest=7)
+    weight_i4 = random_codes(num_outputs, num_codes, largest=7)
+    scale, weight_scale = torch.rand(num_tokens, 1, device=GPU), torch.rand(num_outputs, device=GPU)
+    table = torch.randn(NUM_TYPES + 1, num_outputs, device=GPU)
+    types = torch.randint(-1, NUM_TYPES + 1, (num_tokens,), device=GPU) if typed else None
+    got = engine_ops.engine_linear(
+        to_engine_order(codes).to(GPU),
+        scale,
+        pack_int4(weight_i4).to(GPU),
+        weight_scale,
+        table,
+        types,
+        1,
+        dtype,
+    )
+    want = exact_product(codes, weight_i4) * scale.double() * weight_scale.double()
+    rows = reference.rows_of_type(table, types, 1).double()
+    # fp32 rounds four times on the way, the output once.
+    bound = 4 * 2**-24 * (want.abs() + rows.abs()) + (want + rows).abs() * torch.finfo(dtype).eps
+    assert bool(((got.double() - want - rows).abs() <= bound + 1e-7).all())
+
+
+@needs_hopper
+def test_hopper_linear_again_and_again() -> None:
+    """A race between its warps would show as a result that differs from run to run."""
+    codes = to_engine_order(random_codes(4096, 4096, largest=7)).to(GPU)
+    weight = pack_int4(random_codes(4096, 4096, largest=7)).to(GPU)
+    scale, weight_scale = torch.rand(4096, 1, device=GPU), torch.rand(4096, device=GPU)
+    args = (codes, scale, weight, weight_scale, None, None, 0, torch.bfloat16)
+    first = engine_ops.engine_linear(*args)
+    for _ in range(50):
+        assert torch.equal(engine_ops.engine_linear(*args), first)
+
+
+# ------------------------------------------------------------------ the transform
+
+
+def on_gpu(t: GroupTransform, x: Tensor, types: Tensor | None, qmax: int) -> tuple[Tensor, Tensor]:
+    moved = t.to(GPU)
+    operands = (moved.shift, moved.channel_scale, moved.left, moved.right, moved.clip)
+    static = (list(t.widths), list(t.slice_of_type), 1, qmax)
+    codes, scale = engine_ops.engine_transform_quantize(
+        x.to(GPU), None if types is None else types.to(GPU), *operands, *static
+    )
+    return to_plain_order(codes).cpu(), scale.cpu()
+
+
+@pytest.mark.parametrize("qmax", [7, 127])
+@pytest.mark.parametrize("typed", [True, False])
+@pytest.mark.parametrize("plan", ["single", "shift", "duplicate", "paper"])
+@pytest.mark.parametrize(
+    "num_features", [48, 576, 3584, 4096, 5120, 8192, 11008, 12288, 14336, 18944]
+)
+def test_transform(num_features: int, plan: str, typed: bool, qmax: int) -> None:
+    t = random_transform(plan, num_features, NUM_TYPES, seed=1)
+    if t.shift is not None:
+        t = replace(t, shift=t.shift.bfloat16())
+    x = torch.randn(37, num_features).bfloat16()
+    x[:, 3] *= 50
+    types = torch.randint(-1, NUM_TYPES + 1, (37,), dtype=torch.int32) if typed else None
+    codes_of(t, x, types, 1, qmax).check(*on_gpu(t, x, types, qmax))
+
+
+@pytest.mark.parametrize("num_features", [48, 4096, 12288])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_poisons_its_own_token(num_features: int, bad: float) -> None:
+    t = random_transform("shift", num_features, NUM_TYPES, seed=2)
+    x = torch.randn(5, num_features)
+    x[4] = 0
+    codes, scale = on_gpu(t, x, None, 7)
+    x[1, 7] = bad
+    bad_codes, bad_scale = on_gpu(t, x, None, 7)
+    assert not bool(bad_scale[1].isfinite())
+    others = [0, 2, 3, 4]
+    assert torch.equal(bad_codes[others], codes[others])
+    assert torch.equal(bad_scale[others], scale[others])
+
+
+# ------------------------------------------------------------------ compiled
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(64, width)
+        self.norm = nn.RMSNorm(width)
+        self.gate, self.up = (nn.Linear(width, hidden, bias=False) for _ in range(2))
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        y = self.norm(x)
+        return x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
+
+
+@pytest.mark.parametrize("plan", ["shift", "branch", "duplicate"])
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("num_tokens", [1, 16, 512])
+def test_compiled_model_agrees_with_the_cpu(num_tokens: int, mode: str | None, plan: str) -> None:
+    config = QuantConfig(plan=plan, token_types=TokenTypes.mask_token(60))
+    ids = torch.randint(0, 64, (2, num_tokens))
+    with torch.no_grad():
+        model = Block(512, 1024).eval()
+        freeact_fx.convert(model, config)
+        with freeact_fx.token_types(config.token_types.from_ids(ids)):
+            want = model(ids)
+        options = {"strict": True} | ({} if mode is None else {"mode": mode})
+        fast = torch.compile(model.to(GPU, torch.bfloat16), backend="freeact", options=options)
+        for _ in range(3):  # the third replays the CUDA graph
+            got = fast(ids.to(GPU)).float().cpu()
+    assert torch.linalg.norm(got - want) < 0.05 * torch.linalg.norm(want)
