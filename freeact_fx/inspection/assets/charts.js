@@ -92,11 +92,12 @@ function renderErrors() {
       tooltip: { ...tooltip(), formatter: ({ data, seriesIndex }) => tip(columns[data.value[0]].name, rows[data.value[1]],
         `${types[seriesIndex]}: ${percent(data.value[2])} ${word[key]}, the worst of ${data.members.length}`) },
       title: types.map((type, t) => ({ text: type, left: 0, top: top - 26 + t * (block + gap), textStyle: { fontSize: 13, fontWeight: 600, color: colour("--ink") } })),
-      grid: types.map((_, t) => ({ left, right: 90, top: top + t * (block + gap), height: block })),
+      grid: types.map((_, t) => ({ left, right: 72, top: top + t * (block + gap), height: block })),
       xAxis: types.map((_, t) => ({ ...axisStyle(), type: "category", gridIndex: t, data: columns.map(({ label }) => label), splitLine: { show: false } })),
       yAxis: types.map((_, t) => ({ ...axisStyle(), type: "category", gridIndex: t, data: rows, inverse: true, splitLine: { show: false } })),
-      visualMap: { type: "continuous", min: low, max: high === low ? low + 1e-9 : high, dimension: 2, calculable: true, right: 0, top, itemHeight: Math.max(60, Math.min(160, block)), itemWidth: 12,
-        formatter: (x) => percent(x), textStyle: { color: colour("--muted"), fontSize: 11 },
+      visualMap: { type: "continuous", min: low, max: high === low ? low + 1e-9 : high, dimension: 2, right: 0, top: top - 6,
+        itemHeight: Math.max(60, Math.min(160, block - 20)), itemWidth: 12, text: [percent(high), percent(low)],
+        formatter: percent, textStyle: { color: colour("--muted"), fontSize: 11 },
         inRange: { color: colour("--scale").split(/,\s*/) } },
       aria: { enabled: false },
       series: types.map((type, t) => ({ type: "heatmap", name: type, xAxisIndex: t, yAxisIndex: t, data: cells[t],
@@ -198,7 +199,8 @@ function renderActivations() {
           return {
             type: "line", name: one.type, step: "middle", showSymbol: false, xAxisIndex: stages.indexOf(one.stage), yAxisIndex: stages.indexOf(one.stage),
             color: colour(TYPE_COLOURS[t % TYPE_COLOURS.length]), lineStyle: { width: 2, type: ["solid", "dashed", "dotted"][t % 3] },
-            data: one.counts.map((count, b) => [(one.edges[b] + one.edges[b + 1]) / 2, count ? count / total : null]),
+            data: one.counts.map((count, b) => [(one.edges[b] + one.edges[b + 1]) / 2, count ? count / total : null])
+              .slice(one.counts.findIndex(Boolean), one.counts.findLastIndex(Boolean) + 1),
           };
         }),
       };

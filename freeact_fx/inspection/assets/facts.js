@@ -47,7 +47,7 @@ function commonName(members) {
 
 const linkTo = (i, text) => el("button", {
   type: "button", class: "link", on: { click: () => { choose([i]); reveal([i]); } },
-}, text ?? linears[i].name);
+}, text ?? spaced(linears[i].name));
 
 function renderFacts(members, { title } = {}) {
   if (!members.length) {
@@ -147,7 +147,7 @@ function groupFacts(rows) {
     ["rank of the branch", get("rank", (rank) => (rank ? String(rank) : ""))],
     ["widths of the slices", get("widths", list)],
     ["rare types", get("rare_types", list)],
-    ["tokens seen", get("type_counts", (counts) => Object.entries(counts).map(([type, n]) => `${type} ${number(n)}`).join(", "))],
+    ["tokens seen", get("type_counts", (counts) => Object.entries(counts).filter(([, n]) => n).map(([type, n]) => `${type} ${number(n)}`).join(", "))],
   ].filter(([, value]) => !isEmpty(value));
   return el("section", {}, el("h3", {}, "Group"),
     el("dl", {}, pairs.map(([label, value]) => [el("dt", {}, label), el("dd", {}, value)])),

@@ -51,7 +51,10 @@ function bytes(n) {
   return `${at && n < 100 ? n.toPrecision(n < 10 ? 2 : 3) : Math.round(n)} ${units[at]}`;
 }
 
-const percent = (x) => (isNumber(x) ? `${(100 * x).toPrecision(x < 0.1 ? 2 : 3)} %` : "–");
+function percent(x) {
+  if (!isNumber(x)) return "–";
+  return x > 0 && x < 5e-5 ? "< 0.01 %" : `${(100 * x).toPrecision(x < 0.1 ? 2 : 3)} %`;
+}
 const milliseconds = (x) => `${x.toPrecision(3)} ms`;
 const plural = (n, word) => `${number(n)} ${word}${n === 1 ? "" : "s"}`;
 

@@ -143,7 +143,7 @@ function layerItem(layer, level, { open = false, width = 0 } = {}) {
   const item = treeItem(level, {
     kind: "layer", members: layer.members, title: layer.name, open,
     label: `layer ${layer.name}, ${plural(layer.members.length, "Linear")}`,
-    row: el("div", { class: "row" }, el("span", { class: "chevron" }), el("b", { style: `min-width:${width}ch` }, layer.name), strip(layer.members), errorNote(layer.members)),
+    row: el("div", { class: "row" }, el("span", { class: "chevron" }), el("b", { style: `min-width:${0.9 * width}ch` }, layer.name), strip(layer.members), errorNote(layer.members)),
     children: () => [drawLayers([layer], level + 1)],
   });
   layerItems.set(layer, () => (handles.get(item).unfold(), item));
@@ -212,7 +212,7 @@ function markChosen() {
   for (const item of tree.querySelectorAll('[role="treeitem"]')) {
     const { members } = handles.get(item);
     const held = members.filter((i) => chosen.has(i)).length;
-    const isNode = item.classList.contains("node") || item.classList.contains("single");
+    const isNode = item.classList.contains("linear") || item.classList.contains("single");
     item.setAttribute("aria-selected", String(isNode && held > 0 && held === members.length));
     item.classList.toggle("holds", isNode && held > 0);
   }
