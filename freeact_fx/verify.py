@@ -260,7 +260,11 @@ class _Verifier:
         subject, result = self.subject, self.result
         self.parts += self._compare_with_checkpoint()
         if "passes" in subject.bypass:
-            self._leave_out("passes", "options bypass the passes: nothing is quantised", "")
+            way_out = "Leave them out of options['bypass']."
+            self._leave_out("passes", "options bypass them: nothing is quantised", way_out)
+        if "engine" in subject.bypass:
+            way_out = "Leave it out of options['bypass']."
+            self._leave_out("engine", "options bypass it", way_out)
         runs: dict[str, _Run] = {}
         if subject.original is not None:
             runs["float"] = self._run_float(subject.original)
@@ -446,11 +450,12 @@ class _Verifier:
             if name not in self.linears:
                 continue
 
-            def tap(x: Tensor, y: Tensor, name: str = name) -> None:
-                self._tap(run, name, x, y, compare)
+            def tap(x: Tensor, types: Tensor | None, y: Tensor, name: str = name) -> None:
+                self._tap(run, name, x, types, y, compare)
 
             with module.graph.inserting_after(_last(linear.result, linear.x)):
-                module.graph.call_function(tap, (linear.x, linear.result))
+                types = _types_of(linear.result, linear.x)
+                module.graph.call_function(tap, (linear.x, types, linear.result))
         module.recompile()
         runner.compiled = module.forward
 
@@ -466,13 +471,15 @@ class _Verifier:
         )
         self.linears[name] = (check, linear)
 
-    def _tap(self, run: _Run, name: str, x: Tensor, y: Tensor, compare: bool) -> None:
+    def _tap(
+        self, run: _Run, name: str, x: Tensor, types: Tensor | None, y: Tensor, compare: bool
+    ) -> None:
         call = run.calls[name] = run.calls.get(name, -1) + 1
         check, linear = self.linears[name]
         there = self._there(y)
-        types: Tensor | None = None
         found = self.float_outputs.get(name, call)
         if found is not None and found[0].shape == y.shape:
+            # The float run's types: those in this graph are to be checked.
             want, types = found[0].to(y.device), found[1]
             error = (y.float() - want.float()).square().sum(-1)
             energy = want.float().square().sum(-1)
@@ -482,8 +489,7 @@ class _Verifier:
             sums.add(*(t[kept].reshape(-1) for t in (error, energy, rows)))
         elif self.subject.original is not None and name not in run.unmatched:
             run.unmatched.append(name)
-        known = found is not None or check.state != "typed" or check.config.num_types == 1
-        if compare and check.transform.problem() is None and known:
+        if compare and check.transform.problem() is None:
             check.take_run(linear, x, types, y, there)
 
     def _run_compiled(self) -> tuple[_Run, list[Finding]]:
@@ -797,6 +803,19 @@ def _distance(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
 def _last(a: Node, b: Node) -> Node:
     """The later of two nodes of a graph."""
     return a if b < a else b
+
+
+def _types_of(result: Node, x: Node) -> Node | None:
+    """The types that a quantised Linear's graph has for its activation; None: all tokens have one."""
+    pending = [result]
+    while pending:
+        node = pending.pop()
+        if str(node.target).startswith("freeact.transform_quantize") and node.args[0] is x:
+            types = node.args[1]
+            return types if isinstance(types, Node) else None
+        if node is not x:
+            pending += node.all_input_nodes
+    raise AssertionError("a quantised Linear without a transform")
 
 
 def _nudge(runner: Any) -> int:
