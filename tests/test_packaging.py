@@ -67,6 +67,7 @@ def test_wheel_declares_backend_licence_and_requirements(wheel: zipfile.ZipFile)
     parser = configparser.ConfigParser()
     parser.read_string(wheel.read(entry_points).decode())
     assert dict(parser["torch_dynamo_backends"]) == {"freeact": "freeact_fx.backend:freeact"}
+    assert dict(parser["console_scripts"]) == {"freeact": "freeact_fx.cli:main"}
     assert any(name.endswith("LICENSE") for name in wheel.namelist())
     (metadata,) = [n for n in wheel.namelist() if n.endswith("METADATA")]
     lines = wheel.read(metadata).decode().splitlines()
