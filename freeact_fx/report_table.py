@@ -145,7 +145,7 @@ def summary(report: Report) -> list[tuple[str, str]]:
 
 def _graph_lines(graphs: Sequence[GraphReport]) -> Iterator[str]:
     breaks = Counter(g.break_reason for g in graphs if g.break_reason)
-    yield f"{len(graphs)} graphs, {breaks.total()} breaks"
+    yield f"{_number(len(graphs), 'graph')}, {_number(breaks.total(), 'break')}"
     for reason, count in breaks.most_common():
         yield f"  broken x{count}: {reason}"
     again = Counter(g.compiled_again_because for g in graphs if g.compiled_again_because)
@@ -165,17 +165,17 @@ def warnings_of(report: Report) -> Iterator[str]:
     default = [r for r in report.quantized if r.state == "default" and r.way_out]
     if default:
         yield (
-            f"{len(default)} Linears use the default type {report.default_type!r} for every token, no source is in "
-            f"sight: {default[0].way_out}"
+            f"{_number(len(default), 'Linear')} take every token for the default type {report.default_type!r}, no "
+            f"source of types is in sight: {default[0].way_out}"
         )
     refused = [r for r in report.quantized if r.state == "refused"]
     if refused:
-        yield f"{len(refused)} Linears have tokens whose types were lost: {refused[0].type_source}"
+        yield f"{_number(len(refused), 'Linear')} without types, which were lost: {refused[0].type_source}"
     unknown = [g for g in report.graphs if any(e["source"] == "unknown" for e in g.types_from)]
     if unknown and not default:
         yield (
-            f"{len(unknown)} graphs assume the default type {report.default_type!r} for hidden states that come in "
-            f"from outside: call the model inside freeact_fx.token_types(types)"
+            f"the default type {report.default_type!r} is assumed in {_number(len(unknown), 'graph')} for hidden "
+            f"states that come in from outside: call the model inside freeact_fx.token_types(types)"
         )
     rare = Counter(t for group in report.groups for t in group.rare_types)
     for token_type, count in rare.items():
@@ -183,6 +183,10 @@ def warnings_of(report: Report) -> Iterator[str]:
             f"calibration saw too few tokens of type {token_type!r} in {count} of {len(report.groups)} groups to fit "
             f"anything to it alone: calibrate with more of them"
         )
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def bytes_text(count: int) -> str:

@@ -357,12 +357,12 @@ def test_types_that_no_one_knows() -> None:
     assert {r.type_source for r in report.quantized} == {"default: unmasked"}
     assert {r.way_out for r in report.quantized} == {HAND_IN}
     assert report.graphs[0].types_from == ({"tokens": "x", "source": "unknown"},)
-    assert "7 Linears use the default type 'unmasked'" in str(report)
+    assert "7 Linears take every token for the default type 'unmasked'" in str(report)
     # That the first position is known does not make the others known.
     report = freeact_fx.explain(model, x, options=MASKED)
     assert {r.type_source for r in report.quantized} == {"first position; default: unmasked"}
     assert {r.way_out for r in report.quantized} == {HAND_IN}
-    assert "1 graphs assume the default type 'unmasked'" in str(report)
+    assert "default type 'unmasked' is assumed in 1 graph for" in str(report)
 
 
 def test_types_that_are_handed_in() -> None:
