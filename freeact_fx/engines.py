@@ -12,7 +12,7 @@ def engine_of(device: torch.device, config: QuantConfig) -> tuple[str, str]:
     if not config.quantize:
         return "float32", "aten.linear"
     if device.type == "meta":
-        return "that of the device", "freeact.int_mm"
+        return "depends on the device", "freeact.int_mm"
     if config.activation_bits == "e4m3":
         return "float32", "aten.mm"
     if _has_kernels(device):
