@@ -179,7 +179,7 @@ def test_vision_tower_by_name() -> None:
     model = nn.ModuleDict({"vision_tower": nn.Linear(48, 48), "text": nn.Linear(48, 48)})
     left = freeact_fx.convert(copy.deepcopy(model), PLAIN)
     assert set(left) == {"vision_tower"}
-    assert "QuantConfig.vision_tower=True" in left["vision_tower"]
+    assert "QuantConfig.vision_tower=True" in left["vision_tower"].way_out
     assert freeact_fx.convert(model, replace(PLAIN, vision_tower=True)) == {}
 
 
