@@ -412,7 +412,7 @@ def test_colours_and_motion_follow_the_system(show: Open) -> None:
 
 @pytest.mark.browser
 def test_more_than_a_thousand_linears_stay_quick(show: Open) -> None:
-    """1 s to the drawn page and 0.5 s for a search where nothing else runs; the bounds are for a machine under load."""
+    """Drawn in 2.3 s on two cores under a load of 9, a choice then takes 0.4 s; the bounds leave room for worse."""
     report = decoder_report(160)
     assert len(report.linears) == 1121
     for i, linear in enumerate(report.linears[:-1]):
@@ -467,6 +467,26 @@ def test_activations_after_the_transform_are_less_spread() -> None:
     for key in before:
         assert after[key].edges[-1] <= before[key].edges[-1] / 2
         assert sum(after[key].counts) == sum(before[key].counts)
+
+
+class Twice(torch.nn.Module):
+    """One Linear that is called with small values, then with large ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(48, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + self.inner(100 * x)
+
+
+def test_activations_of_several_calls_are_counted_together() -> None:
+    x = torch.randn(2, 16, 48)
+    report = freeact_fx.explain(Twice().eval(), x, activations="inner")
+    (found,) = (a for a in report.activations if a.stage == "before")
+    assert found.num_tokens == 2 * 32
+    expected = torch.cat([x, 100 * x]).histogram(torch.tensor(found.edges))[0]
+    assert found.counts == tuple(expected.long().tolist())
 
 
 def test_activations_of_a_converted_model_use_its_own_transforms() -> None:
