@@ -34,7 +34,7 @@ def use_engine_ops(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.target is not freeact.int_mm.default:
             continue
-        codes = node.args[0]
+        codes: Any = node.args[0]
         value: Tensor = codes.meta["val"]
         if not has_kernels(value.device) or not takes_codes(value):
             continue
@@ -44,14 +44,19 @@ def use_engine_ops(graph: Graph) -> None:
         node.args = (reordered[codes], *node.args[1:])
         output = _output_of(node)
         if output is not None and not _fuse_for_hopper(graph, node, output):
-            with graph.inserting_after(output):
-                marked = graph.call_function(freeact.linear_output.default, (output,))
-            marked.meta["val"] = output.meta["val"]
-            output.replace_all_uses_with(
-                marked, delete_user_cb=lambda user, own=marked: user is not own
-            )
-    graph.eliminate_dead_code()
-    graph.lint()
+            _mark(graph, output)
+    if reordered:
+        graph.eliminate_dead_code()
+        graph.lint()
+
+
+def _mark(graph: Graph, output: Node) -> None:
+    users = list(output.users)
+    with graph.inserting_after(output):
+        marked = graph.call_function(freeact.linear_output.default, (output,))
+    marked.meta["val"] = output.meta["val"]
+    for user in users:
+        user.replace_input_with(output, marked)
 
 
 def _output_of(product: Node) -> Node | None:
@@ -68,6 +73,8 @@ def _output_of(product: Node) -> Node | None:
 
 def _fuse_for_hopper(graph: Graph, product: Node, output: Node) -> bool:
     """Make one op of what ``insert`` wrote: product, two scales, maybe a row of the bias table, cast."""
+    codes: Any
+    weight: Any
     codes, weight = product.args
     value: Tensor = codes.meta["val"]
     dtype = output.meta["val"].dtype
@@ -79,13 +86,14 @@ def _fuse_for_hopper(graph: Graph, product: Node, output: Node) -> bool:
     while chain[-1] is not output:
         chain.extend(chain[-1].users)
     steps = chain[1:-1]
-    scales = [step.args[1] for step in steps[:2] if step.target is aten.mul.Tensor]
+    scales: list[Any] = [step.args[1] for step in steps[:2] if step.target is aten.mul.Tensor]
     is_chain = all(step.args[0] is before for before, step in zip(chain, steps, strict=False))
     if len(scales) != 2 or len(steps) > 3 or not is_chain:
         return False
     if scales[1].target is not aten.select.int or scales[1].meta["val"].dim() != 1:
         return False
-    bias = _bias_of(steps[2]) if len(steps) == 3 else (None, None, 0)
+    no_bias = (None, None, 0)
+    bias = _bias_of(steps[2]) if len(steps) == 3 else no_bias
     if bias is None:
         return False
     with graph.inserting_before(output):
@@ -97,15 +105,16 @@ def _fuse_for_hopper(graph: Graph, product: Node, output: Node) -> bool:
     return True
 
 
-def _bias_of(add: Node) -> tuple[Node, Node | None, int] | None:
+def _bias_of(add: Node) -> tuple[Any, Any, Any] | None:
     """Table, types and default type of a row of the bias table that is added."""
     row = add.args[1]
     if add.target is not aten.add.Tensor or not isinstance(row, Node):
         return None
-    if row.target is aten.select.int and row.args[1] == 0:
-        return row.args[0], None, row.args[2]
-    if row.target is aten.index.Tensor and len(row.args[1]) == 1:
-        return row.args[0], row.args[1][0], 0
+    table, where, *rest = row.args
+    if row.target is aten.select.int and where == 0:
+        return table, None, rest[0]
+    if row.target is aten.index.Tensor and isinstance(where, (list, tuple)) and len(where) == 1:
+        return table, where[0], 0
     return None
 
 
