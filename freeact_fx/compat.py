@@ -318,7 +318,7 @@ def ends_the_call(gm: GraphModule) -> bool:
 
 @contextlib.contextmanager
 def traced_apart(
-    model: torch.nn.Module, backend: Callable[..., Any]
+    model: torch.nn.Module, backend: str | Callable[..., Any]
 ) -> Iterator[Callable[..., Any]]:
     """A model compiled for one purpose of ours, beside whatever its user compiles.
 

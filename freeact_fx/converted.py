@@ -209,7 +209,7 @@ def _assign(
                 )
             if isinstance(was, nn.Parameter):
                 tensor = nn.Parameter(tensor, requires_grad=False)
-        held = module._parameters if own in module._parameters else module._buffers
+        held: dict[str, Any] = module._parameters if own in module._parameters else module._buffers
         held[own] = placed[name] = tensor
     for path, module in model.named_modules():
         for name, value in vars(module).items():

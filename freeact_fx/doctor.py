@@ -145,7 +145,7 @@ def _requirements() -> dict[str, str]:
     for line in meta.get_all("Requires-Dist") or ():
         if found := re.match(r"([\w.-]+)\s*(?:\[.*?\])?\s*>=\s*([\d.]+)", line):
             least[found[1].lower()] = found[2]
-    if found := re.match(r">=\s*([\d.]+)", meta.get("Requires-Python") or ""):
+    if found := re.match(r">=\s*([\d.]+)", meta["Requires-Python"] or ""):
         least["python"] = found[1]
     return least
 

@@ -110,11 +110,11 @@ def _changed(
         if key in old and key in new and old[key] != new[key]
     ]
     for key in _ERRORS:
-        pair = (old.get(key), new.get(key))
-        if pair[0] is None or pair[1] is None:
+        was, now = old.get(key), new.get(key)
+        if was is None or now is None:
             continue
-        for token_type in dict.fromkeys([*pair[0], *pair[1]]):
-            a, b = (side.get(token_type) for side in pair)
+        for token_type in dict.fromkeys([*was, *now]):
+            a, b = was.get(token_type), now.get(token_type)
             if a is None or b is None or abs(a - b) > tolerance * max(abs(a), abs(b)):
                 changes.append(Change(name, f"{key} {token_type}", a, b))
     return changes

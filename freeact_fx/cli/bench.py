@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from freeact_fx.errors import ConfigError
@@ -114,7 +115,7 @@ def benched(
             result.groups = time_groups(
                 report,
                 num_tokens=num_tokens,
-                dtype=model.dtype,
+                dtype=next(model.parameters()).dtype,
                 runs=runs,
                 on_group=lambda name, index, count: show(
                     f"compiling and timing {name} ({index + 1} of {count} kinds of group)"
@@ -153,11 +154,8 @@ def _time_models(
         done[0] += 1
         show(f"timing the model: round {done[0]}")
 
-    result.model = time_interleaved(
-        {name: lambda f=function: f(**call) for name, function in compiled.items()},
-        runs=runs,
-        on_round=on_round,
-    )
+    calls = {name: partial(function, **call) for name, function in compiled.items()}
+    result.model = time_interleaved(calls, runs=runs, on_round=on_round)
 
 
 def _logits(output: Any) -> Any:

@@ -93,7 +93,7 @@ def explained(
             timings = time_groups(
                 report,
                 num_tokens=num_tokens_of(call),
-                dtype=model.dtype,
+                dtype=next(model.parameters()).dtype,
                 on_group=lambda name, index, count: show(f"timing {name} ({index + 1} of {count})"),
             )
             fill_times(report, timings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,7 +121,7 @@ class Quantisation:
             options["checkpoint"] = self.loaded
         return options
 
-    def convert(self, model: nn.Module) -> dict[str, str]:
+    def convert(self, model: nn.Module) -> Mapping[str, str]:
         """Convert a dense model in place; what was left alone. A checkpoint brings its own configuration."""
         import freeact_fx
         from freeact_fx import QuantConfig

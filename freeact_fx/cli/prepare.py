@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,7 +149,7 @@ def _batches(
         raise ConfigError("data is missing: give --text-file or --batches, one of them.")
     if batches_file is not None:
         found = model_inputs.load_batches(batches_file)
-        return found[:num_windows] if isinstance(found, (list, tuple)) else [found]
+        return list(found)[:num_windows] if isinstance(found, (list, tuple)) else [found]
     assert text_file is not None
     examples = model_inputs.read_examples(text_file)
     trust = source.trust_remote_code
@@ -186,7 +187,7 @@ class Converted:
     dense_bytes: int
     packed_bytes: int
     folder_bytes: int
-    left: dict[str, str]
+    left: Mapping[str, str]
 
     def lines(self) -> list[str]:
         saved = f"{self.packed_bytes / self.dense_bytes:.3f} of what they took"
@@ -209,7 +210,7 @@ class Converted:
             "dense_bytes": self.dense_bytes,
             "packed_bytes": self.packed_bytes,
             "folder_bytes": self.folder_bytes,
-            "left": self.left,
+            "left": dict(self.left),
         }
 
 
