@@ -96,9 +96,17 @@ class LinearCheck:
         name: str, weight: Tensor | None, bias: Tensor | None, packed: PackedLinear, rows: int
     ) -> LinearCheck:
         channels = packed.weight.shape[0]
-        by_type = [Errors.zeros(rows) for _ in range(3)]
+        exact, nearest, rounded = (Errors.zeros(rows) for _ in range(3))
         return LinearCheck(
-            name, weight, bias, packed, *by_type, Errors.zeros(channels), Errors.zeros(channels)
+            name,
+            weight,
+            bias,
+            packed,
+            exact,
+            nearest,
+            rounded,
+            Errors.zeros(channels),
+            Errors.zeros(channels),
         )
 
     def compare_engine(self, codes: Tensor, product: Tensor, codes_w: Tensor) -> None:

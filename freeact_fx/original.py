@@ -91,9 +91,9 @@ def _with_dense_linears(
         bias = tensors.get(f"{name}.bias")
         held = (weight.t().contiguous() if turned else weight).to(device)
         dense.weight = nn.Parameter(held, requires_grad=False)
-        dense.bias = (
-            None if bias is None else nn.Parameter(bias.to(device, held.dtype), requires_grad=False)
-        )
+        if bias is not None:
+            bias = nn.Parameter(bias.to(device, held.dtype), requires_grad=False)
+        dense.register_parameter("bias", bias)
         for parent in list(original.modules()):
             for child, module in parent._modules.items():
                 if module is converted:

@@ -224,11 +224,11 @@ class TwoSubspaces(nn.Module):
         with torch.no_grad():
             self.embed.weight[:32, 24:] *= 0.02
             self.embed.weight[32:, :24] *= 0.02
-        self.up, self.double, self.bent = (nn.Linear(48, 96) for _ in range(3))
+        self.up, self.twice, self.bent = (nn.Linear(48, 96) for _ in range(3))
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.embed(input_ids)
-        return self.up(x) + self.double(2 * x) + self.bent(torch.tanh(x))
+        return self.up(x) + self.twice(2 * x) + self.bent(torch.tanh(x))
 
 
 @functools.cache
