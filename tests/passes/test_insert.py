@@ -275,7 +275,8 @@ def test_a_layer_whose_plan_has_other_shapes_stays_as_it_was_and_says_so() -> No
     checkpoint = stack_checkpoint(model, ("shift", "single", "shift"))
     message = (
         r"freeact: layers.1.fc shares a compiled graph with layers.0.fc and stays as it was. layers.1.fc: "
-        r"the compiled graph that it shares with layers.0.fc was made for plan shift, not single. freeact_fx.convert\(model, checkpoint\) does not have this limit."
+        r"the compiled graph that it shares with layers.0.fc was made for plan shift, not single. "
+        r"freeact_fx.convert\(model, checkpoint\) does not have this limit."
     )
     with pytest.warns(UserWarning, match=message):
         got, recorder = stack_run(model, x, checkpoint=checkpoint, quantize=False)
