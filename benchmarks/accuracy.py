@@ -256,7 +256,7 @@ def main() -> None:
     named = args.methods is not None or args.quick
     jobs = list(jobs_of(models, methods, args.formats, args.seeds, all_asked_for=named))
     benchmark = Benchmark(args, hub, chosen_sizes(args))
-    failed = measure_all(benchmark, jobs, args.parts)
+    failed = [] if args.only_measured else measure_all(benchmark, jobs, args.parts)
     measured = [row for file in args.parts for row in read_rows(file)]
     found = [find_row(measured, benchmark.key(job), any_source=args.any_source) for job in jobs]
     summary = summarise([row for row in found if row is not None], environment())
@@ -295,6 +295,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--cache", type=Path, default=CACHE, help="of base models and the float models' rows")
     add("--parts", type=Path, nargs="+", help="work files; the first is appended to")
     add("--shard", default="0/1", metavar="I/N", help="measure every N-th row only, from I on")
+    add("--only-measured", action="store_true", help="measure nothing, sum up the work files")
     add("--any-source", action="store_true", help="sum up rows of older code too")
     add("--keep-checkpoints", type=Path, help="folder; default: they are deleted once scored")
     add("--out", type=Path, help="JSON file")

@@ -134,6 +134,21 @@ def known_modes() -> tuple[str, ...]:
     return tuple(list_mode_options())
 
 
+def cpp_compiler() -> str:
+    """The C++ compiler that Inductor uses on the CPU. Raises what torch's search raises if there is none."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    found: str = get_cpp_compiler()
+    return found
+
+
+def inductor_cache() -> tuple[Path, bool]:
+    """Folder of Inductor's caches, and whether compiled graphs are looked up there."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir()), bool(inductor_config.fx_graph_cache)
+
+
 def unknown_inductor_option(options: dict[str, Any]) -> str | None:
     """The first key that is not an Inductor option, or None."""
     known = inductor_config.get_config_copy()

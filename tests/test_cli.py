@@ -17,7 +17,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import freeact_fx
-from freeact_fx import Checkpoint, ConfigError, Report, TokenTypes
+from freeact_fx import Checkpoint, ConfigError, Report, TokenTypes, doctor_probes
 from freeact_fx import doctor as doctor_module
 from freeact_fx.cli.app import app
 from freeact_fx.cli.arguments import parse_settings, parse_token_types
@@ -468,12 +468,12 @@ def test_exit_codes_of_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_doctor_finds_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor_module, "_requirements", lambda: {"torch": "99.0"})
     monkeypatch.setattr(
-        doctor_module, "pack_int4", lambda codes: torch.zeros(96, 64, dtype=torch.int32)
+        doctor_probes, "pack_int4", lambda codes: torch.zeros(96, 64, dtype=torch.int32)
     )
     found = doctor_module.diagnose(quick=True)
     assert found["torch"].status == "failed"
     assert found["torch"].way_out == "pip install 'torch>=99.0'"
-    assert doctor_module._product_check("cpu").status == "failed"
+    assert doctor_probes._product_check("cpu").status == "failed"
 
 
 # ------------------------------------------------------------------ words to values
