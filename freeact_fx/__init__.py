@@ -23,8 +23,7 @@ from .mask_collator import MaskCollator
 from .report import LinearReport, Report
 from .rewrite import rewrite
 from .token_types import TokenType, TokenTypes, token_types
-from .verification import Finding, Verification
-from .verify import verify
+from .verification import Finding, Verification, verify
 
 __version__ = "0.1.0"
 __all__ = [

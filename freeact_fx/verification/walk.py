@@ -27,12 +27,16 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from .checkpoint import Checkpoint
-from .config import QuantConfig
-from .convert import FreeActLinear
-from .errors import ConfigError
+from ..checkpoint import Checkpoint
+from ..config import QuantConfig
+from ..convert import FreeActLinear
+from ..errors import ConfigError
+from ..memory import free_bytes
+from ..observe import padding_of
 from .group_check import Errors, GroupCheck, LinearCheck
-from .group_findings import (
+from .original import original_of, sharing_copy
+from .result import STAGES, Finding, Unchecked, Verification
+from .wrong_rounding import (
     better_elsewhere,
     errors_of,
     misfits,
@@ -41,10 +45,6 @@ from .group_findings import (
     wrong_transform,
     wrong_weight,
 )
-from .memory import free_bytes
-from .observe import padding_of
-from .original import original_of, sharing_copy
-from .verification import STAGES, Finding, Unchecked, Verification
 
 # With quantisers off, in fp32; an output in fewer bits is rounded once in every group besides.
 _TOLERANCE = 1e-4
@@ -121,8 +121,8 @@ class _Subject:
         options: Mapping[str, Any] | None,
         dense: nn.Module | Mapping[str, Tensor] | str | Path | None,
     ) -> _Subject:
-        from .converted import checkpoint_of
-        from .options import Options
+        from ..converted import checkpoint_of
+        from ..options import Options
 
         given = dict(options or {})
         if checkpoint is not None and given.get("checkpoint") not in (None, checkpoint):
@@ -161,7 +161,7 @@ class _Subject:
         if self.carried is not None:
             entry = self.carried.linears.get(name)
             return None if entry is None else (self.carried.groups[entry.group], entry.packed)
-        from .packing import Packer
+        from ..packing import Packer
 
         module = self.model.get_submodule(name)
         own, own_bias = module.weight, module.bias
@@ -301,7 +301,7 @@ class _Verifier:
 
     def _call(self, model: nn.Module, backend: Callable[..., Any]) -> list[Tensor]:
         """Run a model once through a backend of ours; the floating tensors that it gives."""
-        from . import compat
+        from .. import compat
 
         args, kwargs = copy.deepcopy(self.inputs)
         was_training = model.training
@@ -313,7 +313,7 @@ class _Verifier:
             model.train(was_training)
 
     def _run_float(self, original: nn.Module) -> _Run:
-        from .backend import observe_graph
+        from ..backend import observe_graph
 
         names = {id(p): n.rpartition(".")[0] for n, p in original.named_parameters()}
         calls: dict[str, int] = {}
@@ -414,9 +414,9 @@ class _Verifier:
 
         compare  with the reference, too
         """
-        from . import compat
-        from .backend import freeact
-        from .runner import Runner
+        from .. import compat
+        from ..backend import freeact
+        from ..runner import Runner
 
         run = _Run()
         names = {
@@ -439,7 +439,7 @@ class _Verifier:
         self, runner: Any, inputs: Sequence[Any], names: dict[int, str], run: _Run, compare: bool
     ) -> None:
         """Behind each Linear of an eager graph, hand its activation and its output to ``_tap``."""
-        from .passes.node_facts import facts_of
+        from ..passes.node_facts import facts_of
 
         module = runner.compiled.__self__
         for place, linear in zip(runner.bindings.places, facts_of(module), strict=True):
@@ -495,8 +495,8 @@ class _Verifier:
 
     def _run_compiled(self) -> tuple[_Run, list[Finding]]:
         """Inductor's graphs beside the eager ones, on the same inputs; the outputs of Inductor's go on."""
-        from .backend import freeact
-        from .runner import Runner
+        from ..backend import freeact
+        from ..runner import Runner
 
         graphs: list[tuple[str, list[float]]] = []
         bypass = tuple(stage for stage in self.subject.bypass if stage == "engine")

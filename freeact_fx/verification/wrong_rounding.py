@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checkpoint import fingerprint, same_fingerprint
+from ..checkpoint import fingerprint, same_fingerprint
 from .group_check import SMALL_ERROR, Alternatives, GroupCheck, LinearCheck
-from .verification import Finding, GroupErrors, TypeErrors
+from .result import Finding, GroupErrors, TypeErrors
 
 # Of relative L2 errors; what healthy groups reach is in the module's docstring.
 _TOO_FAR_FROM_NEAREST = 1.5  # all tokens together

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from .config import QuantConfig
-from .transform import GroupTransform, PackedLinear, quantize_branch, quantize_weight
+from .. import reference
+from ..config import QuantConfig
+from ..transform import GroupTransform, PackedLinear, quantize_branch, quantize_weight
 
 # Tokens at a time: an output of 16384 channels takes 64 MB in fp32.
 _BLOCK = 1024

@@ -251,7 +251,7 @@ class Verification:
 
         Raises ImportError without matplotlib, ConfigError if nothing was measured.
         """
-        from .verification_plot import plot
+        from .plot import plot
 
         plot(self, path)
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoint
-from .errors import ConfigError
+from ..checkpoint import Checkpoint
+from ..errors import ConfigError
 
 
 def sharing_copy(model: nn.Module, *, new_parameters: bool = False) -> nn.Module:
