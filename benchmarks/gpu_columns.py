@@ -1,0 +1,66 @@
+"""What a row of the GPU table says: times and kernels of its columns, the ratio, the rates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gpu_peers import Variant
+from gpu_timing import Bench, nvidia_smi
+
+OURS = "W4A4"
+
+
+def measured(
+    bench: Bench,
+    variants: Mapping[str, Variant],
+    *,
+    copies: int = 1,
+    hide_launches: bool = True,
+) -> dict[str, Any]:
+    """Times of all columns and the kernels of each, or why there are none."""
+    calls = {name: v.call for name, v in variants.items() if v.call is not None}
+    timings = bench.time(calls, copies=copies, hide_launches=hide_launches)
+    clocks = nvidia_smi(("clocks.sm", "clocks.mem", "power.draw")) if bench.on_gpu else {}
+    columns = {}
+    for name, variant in variants.items():
+        fields = {
+            "compile_s": variant.compile_s,
+            "error_to_bf16": variant.error_to_bf16,
+            "error": variant.error,
+        }
+        columns[name] = {n: value for n, value in fields.items() if value is not None}
+        if name in timings:
+            columns[name] |= vars(timings[name]) | {"kernels": bench.kernels(calls[name])}
+    return {"variants": columns, "copies": copies, "clocks_after": clocks}
+
+
+def median_of(fields: Mapping[str, Any], name: str) -> float:
+    """Median of a column in ms; raises RuntimeError with its error if it has none."""
+    column = fields["variants"][name]
+    if "median_ms" not in column:
+        raise RuntimeError(f"{name}: {column['error']}")
+    return float(column["median_ms"])
+
+
+def speedup(fields: Mapping[str, Any], against: Sequence[str]) -> dict[str, Any]:
+    """How many times as fast as the fastest of some peers, and than each."""
+    ours = median_of(fields, OURS)
+    there = {n: c["median_ms"] for n, c in fields["variants"].items() if "median_ms" in c}
+    # A peer that the ratio is against and that failed is no reason for a better ratio.
+    fastest = min((median_of(fields, name), name) for name in against)[1]
+    return {
+        "value": there[fastest] / ours,
+        "against": fastest,
+        "speedup_over": {n: round(t / ours, 4) for n, t in there.items() if n != OURS},
+    }
+
+
+def achieved(fields: Mapping[str, Any], ops: float, num_bytes: int) -> dict[str, Any]:
+    """Our rates, for the roofline; operations of the product or transform, least bytes of all that was timed."""
+    seconds = median_of(fields, OURS) / 1e3
+    return {
+        "ops": ops,
+        "bytes": num_bytes,
+        "achieved": {"tops": ops / seconds / 1e12, "gbs": num_bytes / seconds / 1e9},
+    }

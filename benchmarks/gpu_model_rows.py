@@ -1,0 +1,87 @@
+"""Rows of whole models, and of the bytes of their Linears."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from gpu_columns import OURS, measured, speedup
+from gpu_decoder import (
+    DecoderLayer,
+    DecoderShape,
+    quantized_decoder,
+    random_decoder,
+    random_inputs,
+)
+from gpu_layers import linear_bytes
+from gpu_peers import MAX_AUTOTUNE, Variant, difference, peers
+from gpu_timing import Bench
+
+import freeact_fx
+
+
+@torch.no_grad()
+def model_row(
+    bench: Bench,
+    shape: DecoderShape,
+    batch: int,
+    length: int,
+    share: float,
+    cache_length: int,
+) -> dict[str, Any]:
+    """One pass of a whole model, as its user calls it; with a cache of keys and values in a CUDA graph."""
+    cuda_graph = cache_length > 0
+    cache = (batch, cache_length) if cache_length else (0, 0)
+    dense = random_decoder(shape, bench.device, cache)
+    inputs = random_inputs(shape, batch, length, share, bench.device)
+    bench.keep_address(*inputs)
+    ours = quantized_decoder(dense)
+    compiled = bench.freeact(ours, cuda_graph=cuda_graph)
+    start = time.perf_counter()
+    got = compiled(*inputs)
+    compile_s = round(time.perf_counter() - start, 1)
+    if not bool(got.isfinite().all()):
+        raise RuntimeError("the quantised model's logits are not finite")
+    report = freeact_fx.explain(compiled)
+    num_linears = shape.num_layers * sum(map(len, DecoderLayer.groups))
+    if len(report.quantized) != num_linears:
+        raise RuntimeError(f"{len(report.quantized)} of {num_linears} Linears are quantised")
+    expected = dense(*inputs)
+    error = difference(got, expected)
+    variants = {OURS: Variant(lambda: compiled(*inputs), None, compile_s, float(f"{error:.3g}"))}
+    del got
+    variants |= peers(
+        bench, dense, inputs, against=[MAX_AUTOTUNE], cuda_graph=cuda_graph, expected=expected
+    )
+    fields = measured(bench, variants, hide_launches=False)
+    quantized_bytes, bf16_bytes = linear_bytes(ours)
+    facts = {
+        "shape": {"batch": batch, "length": length, "cache": cache_length, **vars(shape)},
+        "plan": shape.config.plan,
+        "types": f"{share:.0%} {shape.config.type_names[1]}, at random",
+        "states": report.counts(),
+        "cuda_graph": cuda_graph,
+        "linear_bytes": quantized_bytes,
+        "linear_bytes_in_bf16": bf16_bytes,
+    }
+    return fields | facts | speedup(fields, [MAX_AUTOTUNE])
+
+
+@torch.no_grad()
+def memory_row(bench: Bench, shape: DecoderShape) -> dict[str, Any]:
+    """One layer of a model; all have the same Linears."""
+    dense = random_decoder(shape.with_layers(1), bench.device)
+    before = torch.cuda.memory_allocated() if bench.on_gpu else 0
+    model = quantized_decoder(dense)
+    allocated = torch.cuda.memory_allocated() - before if bench.on_gpu else None
+    found, in_bf16 = linear_bytes(model)
+    return {
+        "value": found / in_bf16,
+        "against": "bf16",
+        "bytes": found,
+        "bytes_in_bf16": in_bf16,
+        "allocated_bytes": allocated,
+        "plan": shape.config.plan,
+        "shape": vars(shape),
+    }
