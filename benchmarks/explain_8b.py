@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from measure import peak_memory_bytes
 from torch import nn
 
 import freeact_fx
@@ -115,7 +115,7 @@ def main() -> None:
         "seconds": round(wall, 1),
         "processor_seconds": round(processor, 1),
         "process_processor_seconds": round(time.process_time(), 1),
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": peak_memory_bytes(),
         "parameters": sum(p.numel() for p in model.parameters()),
         **report.counts(),
         "graphs": report.num_graphs,
