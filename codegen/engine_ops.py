@@ -5,7 +5,7 @@ each (``kernels/int_mm``)::
 
     plain   x0 x1 x2 x3 x4 x5        engine   x0 x2 x4 | x1 x3 x5
 
-* ``freeact::engine_transform_quantize``   one kernel per group
+* ``freeact::engine_transform_quantize``   one kernel per group; ``prologue_ops`` has those with what precedes it
 * ``freeact::engine_int_mm``               one kernel per Linear; a template that Inductor fuses the epilogue into
 * ``freeact::engine_linear``               one kernel per Linear that brings its epilogue along (Hopper)
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from freeact_fx import reference
 
+from .prologue import NO_PROLOGUE, Prologue, before_transform
 from .tiles import HOPPER_TOKENS, LARGEST_NUM_CODES, fits_hopper, hopper_transform_tile
 
 
@@ -68,33 +69,53 @@ def engine_transform_quantize(
     qmax: int,
 ) -> tuple[Tensor, Tensor]:
     """``freeact::transform_quantize`` to int8 codes in engine order."""
-    operands = (shift, channel_scale, left, right, clip)
+    operands = (token_type, shift, channel_scale, left, right, clip)
+    return run_transform(x, NO_PROLOGUE, *operands, widths, slice_of_type, default_type, qmax)
+
+
+def run_transform(
+    x: Tensor,
+    prologue: Prologue,
+    token_type: Tensor | None,
+    shift: Tensor | None,
+    channel_scale: Tensor | None,
+    left: Tensor,
+    right: Tensor,
+    clip: Tensor,
+    widths: Sequence[int],
+    slice_of_type: Sequence[int],
+    default_type: int,
+    qmax: int,
+) -> tuple[Tensor, Tensor]:
+    """What a prologue makes of x [..., K], transformed and rounded to int8 codes in engine order."""
+    flat, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]
+    types = None if token_type is None else token_type.reshape(-1)
+    operands = (types, shift, channel_scale, left, right, clip)
     static = (widths, slice_of_type, default_type)
-    kernel = _transform_kernel(left, right, widths, qmax) if has_kernels(x.device) else None
+    kernel = _transform_kernel(left, right, widths, qmax, prologue)
     if kernel is not None:
-        flat = x.reshape(-1, x.shape[-1])
-        types = None if token_type is None else token_type.reshape(-1)
-        codes, scale = kernel(flat, types, *operands, *static, qmax)
-        return codes.view(*x.shape[:-1], codes.shape[-1]), scale.view(*x.shape[:-1], 1)
-    codes, scale, _ = reference.transform_quantize(x, token_type, *operands, None, *static, 0, qmax)
-    return to_engine_order(codes), scale.contiguous()
+        codes, scale = kernel(flat, *operands, *static, qmax, prologue)
+    else:
+        row = before_transform(flat, prologue)
+        codes, scale, _ = reference.transform_quantize(row, *operands, None, *static, 0, qmax)
+        codes = to_engine_order(codes)
+    return codes.view(*lead, codes.shape[-1]), scale.reshape(*lead, 1).contiguous()
 
 
 def _transform_kernel(
-    left: Tensor, right: Tensor, widths: Sequence[int], qmax: int
+    left: Tensor, right: Tensor, widths: Sequence[int], qmax: int, prologue: Prologue
 ) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """The fastest kernel of a device for a transform, or None if none has its shape or format."""
+    if not has_kernels(left.device):
+        return None
     from .kernels import hopper_transform_quantize as hopper
     from .kernels import transform_quantize as portable
 
     if not portable.is_supported(left, right, widths, qmax):
         return None
-    is_square = len(widths) == 1 and left.shape[0] == left.shape[1]
-    if (
-        is_square
-        and is_hopper(left.device)
-        and hopper_transform_tile(left.shape[0], right.shape[-1])
-    ):
+    d1, d2 = left.shape[0], right.shape[-1]
+    is_square = len(widths) == 1 and left.shape[1] == d1
+    if is_square and is_hopper(left.device) and hopper_transform_tile(d1, d2, prologue.kind):
         return hopper.hopper_transform_quantize
     return portable.transform_quantize
 

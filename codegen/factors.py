@@ -82,7 +82,7 @@ def is_power(node: Any, exponent: float) -> bool:
     return (
         isinstance(node, Node)
         and node.target is aten.pow.Tensor_Scalar
-        and node.args[1] == exponent
+        and bool(node.args[1] == exponent)
     )
 
 
@@ -114,7 +114,7 @@ def narrowest(node: Any) -> Node:
         node = node.args[0]
         if node.meta["val"].dtype.itemsize <= best.meta["val"].dtype.itemsize:
             best = node
-    return best  # type: ignore[no-any-return]
+    return best
 
 
 def same_value(one: Any, other: Any) -> bool:

@@ -113,7 +113,7 @@ def _centred_under(root: Node, product: Node) -> tuple[Node, Node, str, float] |
         return None
     values = without_cast(x)
     if _is_minus_mean(values):
-        return values, values.args[0], "layer", eps  # type: ignore[return-value]
+        return values, values.args[0], "layer", eps
     return values, x, "rms", eps
 
 
@@ -121,7 +121,7 @@ def _operand_of_square(node: Any) -> Node | None:
     node = without_cast(node)
     is_product = isinstance(node, Node) and node.target is aten.mul.Tensor
     if is_power(node, 2) or (is_product and same_value(node.args[0], node.args[1])):
-        return node.args[0]  # type: ignore[no-any-return]
+        return node.args[0]
     return None
 
 

@@ -172,16 +172,24 @@ class HopperTransformTile:
     per_multiprocessor: int
 
 
-def hopper_transform_tile(d1: int, d2: int) -> HopperTransformTile | None:
+def hopper_transform_tile(
+    d1: int, d2: int, prologue: str = "none", *, reads_two: bool = False
+) -> HopperTransformTile | None:
     """The tile of a square Kronecker shape, or None where the portable kernel is for it: rows that would be mostly
-    padding of a warp group's 64, and columns that do not fit its registers."""
+    padding of a warp group's 64, and what does not fit its registers.
+
+    prologue   ``Prologue.kind``
+    reads_two  whether a token is made of two rows in memory, each of which takes registers
+    """
     rows, columns = _padded(d1), _padded(d2)
     if not (64 <= rows <= 128 and 16 <= columns <= 128) or d2 % 2:
+        return None
+    if prologue == "gelu" and rows * columns > 64 * 64:  # the error function spills registers
         return None
     rows_in = (rows, 0)
     if rows == 128 and d1 <= 96:
         rows_in = (64, _padded(d1 - 64))
-    programs = {64 * 64: 3, 64 * 128: 2}.get(rows * columns, 1)
+    programs = {64 * 64: 2 if reads_two else 3, 64 * 128: 2}.get(rows * columns, 1)
     return HopperTransformTile(rows, columns, rows_in, rows // 16, programs)
 
 

@@ -3,7 +3,8 @@
 A program works on one token at a time and loads the next one meanwhile. ``Z = (L^T X) R``: L^T comes out of registers,
 where it stays for all tokens; the token goes through shared memory; what the first product leaves in registers is the
 left operand of the second, whose right one, R, stays in shared memory. The rows of X are taken in one or two powers of
-two (96 = 64 + 32), so that no product is over padding alone.
+two (96 = 64 + 32), so that no product is over padding alone. The prologue (norm or activation) is that of
+``transform_prologue``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from freeact_fx.codegen.prologue import NO_PROLOGUE, Prologue
 from freeact_fx.codegen.tiles import HopperTransformTile, hopper_transform_tile
+
+from .transform_quantize import rows_in_memory
 
 SMALLEST = gl.constexpr(1e-30)
 # Triton 3.9 has a new name for it.
@@ -42,8 +46,28 @@ def larger(one, other):
 
 
 @gluon.jit
+def activation(x, KIND: gl.constexpr):
+    """As in ``transform_prologue``."""
+    if KIND == "gelu":
+        return 0.5 * x * (1.0 + gl.erf(x * 0.7071067811865476))
+    elif KIND == "gelu_tanh":
+        return x / (1.0 + gl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    else:
+        return x / (1.0 + gl.exp(-x))
+
+
+@gluon.jit
+def mean_of(tile, COUNT: gl.constexpr):
+    return gl.sum(gl.sum(tile, 1), 0) / COUNT
+
+
+@gluon.jit
 def hopper_transform_quantize_kernel(
     x_ptr,  # [M, K] floating
+    other_ptr,  # [M, K] floating, or None: residual or multiplier, see Prologue
+    total_ptr,  # [M, K] floating, or None
+    weight_ptr,  # [K] floating, or None
+    bias_ptr,  # [K] floating, or None
     type_ptr,  # [M] int, or None: all tokens are DEFAULT_TYPE
     shift_ptr,  # [P, K] fp32 or bf16, or None
     channel_scale_ptr,  # [K] fp32, or None
@@ -53,6 +77,8 @@ def hopper_transform_quantize_kernel(
     codes_ptr,  # [M, K] int8, engine order
     scale_ptr,  # [M] fp32
     M,
+    x_stride,
+    other_stride,
     D1: gl.constexpr,
     D2: gl.constexpr,
     NUM_TYPES: gl.constexpr,
@@ -62,6 +88,9 @@ def hopper_transform_quantize_kernel(
     COLUMNS: gl.constexpr,
     IN_A: gl.constexpr,
     IN_B: gl.constexpr,
+    PROLOGUE: gl.constexpr,
+    EPS: gl.constexpr,
+    WEIGHT_OFFSET: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     K: gl.constexpr = D1 * D2
@@ -100,15 +129,40 @@ def hopper_transform_quantize_kernel(
         channel_scale = gl.load(channel_scale_ptr + offset, inside, 0.0)
     step = gl.num_programs(0)
     token = gl.program_id(0).to(gl.int64)
-    x_next = gl.load(x_ptr + token * K + offset, inside & (token < M), 0.0)
+    x_next = gl.load(x_ptr + token * x_stride + offset, inside & (token < M), 0.0)
+    if other_ptr is not None:
+        other_next = gl.load(other_ptr + token * other_stride + offset, inside & (token < M), 0.0)
     while token < M:
         x = x_next.to(gl.float32)
+        if other_ptr is not None:
+            other = other_next.to(gl.float32)
         token_type = DEFAULT_TYPE
         if type_ptr is not None:
             token_type = gl.load(type_ptr + token).to(gl.int32)
             token_type = gl.where(token_type < 0, token_type + NUM_TYPES, token_type)
         clip = gl.load(clip_ptr + token_type)
-        x_next = gl.load(x_ptr + (token + step) * K + offset, inside & (token + step < M), 0.0)
+        next_inside = inside & (token + step < M)
+        x_next = gl.load(x_ptr + (token + step) * x_stride + offset, next_inside, 0.0)
+        if other_ptr is not None:
+            other_row = other_ptr + (token + step) * other_stride
+            other_next = gl.load(other_row + offset, next_inside, 0.0)
+        # The token as its prologue leaves it.
+        if total_ptr is not None:
+            total = (x + other).to(total_ptr.dtype.element_ty)
+            gl.store(total_ptr + token * K + offset, total, inside)
+            x = total.to(gl.float32)
+        elif PROLOGUE != "none" and PROLOGUE != "rms" and PROLOGUE != "layer":
+            x = activation(x, PROLOGUE)
+            if other_ptr is not None:
+                x *= other
+        if PROLOGUE == "layer":
+            x = gl.where(inside, x - mean_of(x, K), 0.0)
+        if PROLOGUE == "rms" or PROLOGUE == "layer":
+            x *= gl.rsqrt(mean_of(x * x, K) + EPS)
+            if weight_ptr is not None:
+                x *= WEIGHT_OFFSET + gl.load(weight_ptr + offset, inside, 0.0).to(gl.float32)
+            if bias_ptr is not None:
+                x += gl.load(bias_ptr + offset, inside, 0.0).to(gl.float32)
         # Shift and scale; then in units of the largest magnitude, so that fp16 holds it.
         if shift_ptr is not None:
             x -= gl.load(shift_ptr + token_type * K + offset, inside, 0.0).to(gl.float32)
@@ -159,6 +213,7 @@ def hopper_transform_quantize(
     slice_of_type: Sequence[int],
     default_type: int,
     qmax: int,
+    prologue: Prologue = NO_PROLOGUE,
 ) -> tuple[Tensor, Tensor]:
     """``transform_quantize`` on Hopper, for one slice with a square left factor.
 
@@ -171,11 +226,16 @@ def hopper_transform_quantize(
     scale = torch.empty(num_tokens, 1, dtype=torch.float32, device=x.device)
     if num_tokens == 0:
         return codes, scale
-    tile = hopper_transform_tile(d1, d2)
+    tile = hopper_transform_tile(d1, d2, prologue.kind, reads_two=prologue.other is not None)
     assert tile is not None
-    contiguous = (None if t is None else t.contiguous() for t in (token_type, shift, channel_scale))
+    x = rows_in_memory(x)
+    other = None if prologue.other is None else rows_in_memory(prologue.other)
+    optional = (prologue.weight, prologue.bias, token_type, shift, channel_scale)
+    contiguous = (None if t is None else t.contiguous() for t in optional)
     hopper_transform_quantize_kernel[(min(num_tokens, _num_programs(x.device, tile)),)](
-        x.contiguous(),
+        x,
+        other,
+        prologue.total,
         *contiguous,
         left.contiguous(),
         right.contiguous(),
@@ -183,6 +243,8 @@ def hopper_transform_quantize(
         codes,
         scale,
         num_tokens,
+        x.stride(0),
+        0 if other is None else other.stride(0),
         D1=d1,
         D2=d2,
         NUM_TYPES=len(slice_of_type),
@@ -192,6 +254,9 @@ def hopper_transform_quantize(
         COLUMNS=tile.columns,
         IN_A=tile.rows_in[0],
         IN_B=tile.rows_in[1],
+        PROLOGUE=prologue.kind,
+        EPS=prologue.eps,
+        WEIGHT_OFFSET=prologue.weight_offset,
         num_warps=tile.num_warps,
         enable_fp_fusion=True,
     )

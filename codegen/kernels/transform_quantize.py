@@ -1,4 +1,4 @@
-"""Shift, transform and quantise tokens in one pass over memory; any NVIDIA chip from sm_80 on.
+"""Norm or activation, shift, transform and quantise tokens in one pass over memory; any NVIDIA chip from sm_80 on.
 
 A program takes one token at a time, so a token's type is a scalar: it picks shift, clip, K slice and matrices by
 address, whatever the mix of types. A token is a matrix X [D1, D2]; ``Z = L^T X R`` is two products on fp16 tensor
@@ -23,7 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from freeact_fx.codegen.prologue import NO_PROLOGUE, Prologue
 from freeact_fx.codegen.tiles import transform_tile
+
+from .transform_prologue import centred, load_token, shifted, sum_of, weighted
 
 SMALLEST = tl.constexpr(1e-30)
 # Adding and taking away 1.5 * 2^23 rounds an fp32 below 2^22 to the nearest integer, ties to even.
@@ -84,22 +87,6 @@ def load_right(right_ptr, D2: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def load_token(
-    x_ptr, shift_ptr, channel_scale_ptr, D1: tl.constexpr, D2: tl.constexpr, FIRST, IN, COLUMNS
-):
-    """Columns of one token, shifted and scaled: [IN, COLUMNS] fp32, zero outside."""
-    row, column = tl.arange(0, IN)[:, None], FIRST + tl.arange(0, COLUMNS)[None, :]
-    inside = (row < D1) & (column < D2)
-    offset = row * D2 + column
-    x = tl.load(x_ptr + offset, inside, 0.0).to(tl.float32)
-    if shift_ptr is not None:
-        x -= tl.load(shift_ptr + offset, inside, 0.0).to(tl.float32)
-    if channel_scale_ptr is not None:
-        x *= tl.load(channel_scale_ptr + offset, inside, 0.0)
-    return x
-
-
-@triton.jit
 def store_codes(z, per_code, here, codes_ptr, width, num_even, QMAX, D2: tl.constexpr, FIRST):
     """Round a piece of Z to codes and store them in engine order; zeros unless the token's slice is ``here``."""
     OUT: tl.constexpr = z.shape[0]
@@ -118,6 +105,10 @@ def store_codes(z, per_code, here, codes_ptr, width, num_even, QMAX, D2: tl.cons
 @triton.jit
 def transform_quantize_kernel(
     x_ptr,  # [M, K] floating
+    other_ptr,  # [M, K] floating, or None: residual or multiplier, see Prologue
+    total_ptr,  # [M, K] floating, or None
+    weight_ptr,  # [K] floating, or None
+    bias_ptr,  # [K] floating, or None
     type_ptr,  # [M] int, or None: all tokens are DEFAULT_TYPE
     shift_ptr,  # [P, K] fp32 or bf16, or None
     channel_scale_ptr,  # [K] fp32, or None
@@ -127,6 +118,8 @@ def transform_quantize_kernel(
     codes_ptr,  # [M, K'] int8, engine order
     scale_ptr,  # [M] fp32
     M,
+    x_stride,
+    other_stride,
     D1: tl.constexpr,
     D2: tl.constexpr,
     STARTS: tl.constexpr,
@@ -138,6 +131,9 @@ def transform_quantize_kernel(
     OUT: tl.constexpr,
     COLUMNS_A: tl.constexpr,
     COLUMNS_B: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    EPS: tl.constexpr,
+    WEIGHT_OFFSET: tl.constexpr,
 ):
     K: tl.constexpr = D1 * D2
     NUM_TYPES: tl.constexpr = len(SLICE_OF_TYPE)
@@ -164,15 +160,42 @@ def transform_quantize_kernel(
             left, left_unit = load_left(left_ptr, start, width, D1, TOTAL_WIDTH, IN, OUT)
             of_slice = right_ptr + in_slice * (D2 * D2)
             right, right_unit = load_right(of_slice, D2, COLUMNS_A, COLUMNS_B)
+        # The token as its prologue leaves it.
+        other_row, total_row = other_ptr, total_ptr
+        if other_ptr is not None:
+            other_row += token * other_stride
+        if total_ptr is not None:
+            total_row += token * K
+        x_row = x_ptr + token * x_stride
+        x_a = load_token(x_row, other_row, total_row, D1, D2, 0, IN, COLUMNS_A, PROLOGUE)
+        if COLUMNS_B > 0:
+            x_b = load_token(
+                x_row, other_row, total_row, D1, D2, COLUMNS_A, IN, COLUMNS_B, PROLOGUE
+            )
+        if PROLOGUE == "layer":
+            mean = sum_of(x_a) / K
+            if COLUMNS_B > 0:
+                mean += sum_of(x_b) / K
+                x_b = centred(x_b, mean, D1, D2, COLUMNS_A)
+            x_a = centred(x_a, mean, D1, D2, 0)
+        if PROLOGUE == "rms" or PROLOGUE == "layer":
+            variance = sum_of(x_a * x_a) / K
+            if COLUMNS_B > 0:
+                variance += sum_of(x_b * x_b) / K
+            inverse = tl.rsqrt(variance + EPS)
+            x_a = weighted(x_a * inverse, weight_ptr, bias_ptr, D1, D2, 0, WEIGHT_OFFSET)
+            if COLUMNS_B > 0:
+                x_b = weighted(
+                    x_b * inverse, weight_ptr, bias_ptr, D1, D2, COLUMNS_A, WEIGHT_OFFSET
+                )
         # Shift and scale; then in units of the largest magnitude, so that fp16 holds it.
         shift_row = shift_ptr
         if shift_ptr is not None:
             shift_row += token_type * K
-        x_row = x_ptr + token * K
-        x_a = load_token(x_row, shift_row, channel_scale_ptr, D1, D2, 0, IN, COLUMNS_A)
+        x_a = shifted(x_a, shift_row, channel_scale_ptr, D1, D2, 0)
         unit = largest_magnitude(x_a)
         if COLUMNS_B > 0:
-            x_b = load_token(x_row, shift_row, channel_scale_ptr, D1, D2, COLUMNS_A, IN, COLUMNS_B)
+            x_b = shifted(x_b, shift_row, channel_scale_ptr, D1, D2, COLUMNS_A)
             unit = larger(unit, largest_magnitude(x_b))
         unit = larger(unit, SMALLEST)
         # Z = (L^T X) R: fp16 operands, fp32 sums.
@@ -226,10 +249,12 @@ def transform_quantize(
     slice_of_type: Sequence[int],
     default_type: int,
     qmax: int,
+    prologue: Prologue = NO_PROLOGUE,
 ) -> tuple[Tensor, Tensor]:
     """``reference.transform_quantize`` without a branch on the GPU, codes in engine order.
 
-    x  [M, K]; the rest as there, and ``is_supported``
+    x         [M, K]; the rest as there, and ``is_supported``
+    prologue  what is done to x first
 
     Returns codes [M, K'] int8 and scale [M, 1] fp32. They differ from those of the fp64 reference by what rounding
     operands to fp16 moves across a tie.
@@ -240,9 +265,14 @@ def transform_quantize(
     if num_tokens == 0:
         return codes, scale
     tile = transform_tile(d1, max(widths), d2)
-    contiguous = (None if t is None else t.contiguous() for t in (token_type, shift, channel_scale))
+    x = rows_in_memory(x)
+    other = None if prologue.other is None else rows_in_memory(prologue.other)
+    optional = (prologue.weight, prologue.bias, token_type, shift, channel_scale)
+    contiguous = (None if t is None else t.contiguous() for t in optional)
     transform_quantize_kernel[(min(num_tokens, _num_programs(x.device)),)](
-        x.contiguous(),
+        x,
+        other,
+        prologue.total,
         *contiguous,
         left.contiguous(),
         right.contiguous(),
@@ -250,6 +280,8 @@ def transform_quantize(
         codes,
         scale,
         num_tokens,
+        x.stride(0),
+        0 if other is None else other.stride(0),
         D1=d1,
         D2=d2,
         STARTS=tuple(sum(widths[:i]) for i in range(len(widths))),
@@ -261,11 +293,19 @@ def transform_quantize(
         OUT=tile.block_out,
         COLUMNS_A=tile.columns[0],
         COLUMNS_B=tile.columns[1],
+        PROLOGUE=prologue.kind,
+        EPS=prologue.eps,
+        WEIGHT_OFFSET=prologue.weight_offset,
         num_warps=tile.num_warps,
         num_stages=1,
         enable_fp_fusion=True,
     )
     return codes, scale
+
+
+def rows_in_memory(x: Tensor) -> Tensor:
+    """A matrix whose rows are contiguous, be it a part of a wider one."""
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _num_programs(device: torch.device) -> int:

@@ -72,7 +72,27 @@ def _left_in_registers(instruction: str) -> bool:
     return re.search(r"\},\s*\{", instruction) is not None
 
 
-def compile_transform(capability: int, num_features: int, num_slices: int) -> Compiled:
+PROLOGUES = {
+    "none": {},
+    "rms": {"weight_ptr": "*bf16"},
+    "rms of a sum": {"weight_ptr": "*bf16", "other_ptr": "*bf16", "total_ptr": "*bf16"},
+    "layer": {"weight_ptr": "*bf16", "bias_ptr": "*bf16"},
+    "silu": {"other_ptr": "*bf16"},
+    "gelu": {"other_ptr": "*bf16"},
+    "gelu_tanh": {"other_ptr": "*bf16"},
+}
+STRIDES = {"M": "i32", "x_stride": "i32", "other_stride": "i32"}
+
+
+def constants_of(prologue: str) -> dict[str, object]:
+    absent = {"other_ptr", "total_ptr", "weight_ptr", "bias_ptr"} - PROLOGUES[prologue].keys()
+    settings = {"PROLOGUE": prologue.split()[0], "EPS": 1e-6, "WEIGHT_OFFSET": 1.0}
+    return settings | dict.fromkeys(absent)
+
+
+def compile_transform(
+    capability: int, num_features: int, num_slices: int, prologue: str
+) -> Compiled:
     shape = kronecker_shape(num_features)
     assert shape is not None
     d1, d2 = shape
@@ -82,9 +102,10 @@ def compile_transform(capability: int, num_features: int, num_slices: int) -> Co
     return compile_kernel(
         transform_quantize_kernel,
         capability,
-        pointers={**pointers, **factors, "scale_ptr": "*fp32"},
-        numbers={"M": "i32"},
-        constants={
+        pointers={**pointers, **factors, "scale_ptr": "*fp32", **PROLOGUES[prologue]},
+        numbers=STRIDES,
+        constants=constants_of(prologue)
+        | {
             "D1": d1,
             "D2": d2,
             "STARTS": tuple(d1 * i for i in range(num_slices)),
@@ -102,16 +123,24 @@ def compile_transform(capability: int, num_features: int, num_slices: int) -> Co
     )
 
 
-@pytest.mark.parametrize(("num_features", "num_slices"), [(4096, 1), (4096, 2), (18944, 1)])
+@pytest.mark.parametrize(
+    ("num_features", "num_slices", "prologue"),
+    [
+        (4096, 2, "layer"),
+        (4096, 1, "rms of a sum"),
+        (12288, 1, "silu"),
+        (18944, 1, "gelu"),
+    ],
+)
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_transform(capability: int, num_features: int, num_slices: int) -> None:
+def test_transform(capability: int, num_features: int, num_slices: int, prologue: str) -> None:
     if OLD_TRITON and capability == 100 and num_features == 18944:
         pytest.skip("not for Blackwell before Triton 3.9; see is_supported")
-    compiled = compile_transform(capability, num_features, num_slices)
+    compiled = compile_transform(capability, num_features, num_slices, prologue)
     assert re.search(FP16_INSTRUCTIONS[capability], compiled.ptx)
     assert "st.global" in compiled.ptx
     # Of 148 columns a few values may go to the stack.
-    assert compiled.local_bytes <= (256 if num_features == 18944 else 16)
+    assert compiled.local_bytes <= (320 if num_features == 18944 else 16)
 
 
 @pytest.mark.parametrize(("num_tokens", "typed"), [(4096, True), (65, False)])
@@ -153,16 +182,36 @@ def test_hopper_linear(num_tokens: int, typed: bool) -> None:
     assert compiled.local_bytes == 0
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (96, 128)], ids=str)
-def test_hopper_transform(shape: tuple[int, int]) -> None:
-    tile = hopper_transform_tile(*shape)
+@pytest.mark.parametrize(
+    ("shape", "prologue"),
+    [
+        ((64, 64), "none"),
+        ((64, 64), "rms"),
+        ((64, 64), "rms of a sum"),
+        ((64, 64), "gelu"),
+        ((64, 128), "layer"),
+        ((96, 128), "silu"),
+        ((112, 128), "rms of a sum"),
+    ],
+    ids=str,
+)
+def test_hopper_transform(shape: tuple[int, int], prologue: str) -> None:
+    kind, reads_two = prologue.split()[0], "other_ptr" in PROLOGUES[prologue]
+    tile = hopper_transform_tile(*shape, kind, reads_two=reads_two)
     assert tile is not None
     factors = dict.fromkeys(("channel_scale_ptr", "left_ptr", "right_ptr", "clip_ptr"), "*fp32")
     pointers = {"x_ptr": "*bf16", "type_ptr": "*i32", "shift_ptr": "*bf16", "codes_ptr": "*i8"}
     compiled = compile_gluon(
         hopper_transform_quantize_kernel,
-        arguments={**pointers, **factors, "scale_ptr": "*fp32", "M": "i32"},
-        constants={
+        arguments={
+            **pointers,
+            **factors,
+            "scale_ptr": "*fp32",
+            **PROLOGUES[prologue],
+            **STRIDES,
+        },
+        constants=constants_of(prologue)
+        | {
             "D1": shape[0],
             "D2": shape[1],
             "NUM_TYPES": 3,
@@ -177,5 +226,6 @@ def test_hopper_transform(shape: tuple[int, int]) -> None:
         num_warps=tile.num_warps,
     )
     assert re.search(FP16_INSTRUCTIONS[90], compiled.ptx)
-    assert compiled.local_bytes == 0
+    # Two rows of a wide token leave no registers; what goes to the stack is less than waiting for one of them.
+    assert compiled.local_bytes <= (128 if reads_two and shape[1] > 64 else 0)
     assert compiled.registers * 32 * tile.num_warps * tile.per_multiprocessor <= 65536

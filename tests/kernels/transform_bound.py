@@ -34,10 +34,18 @@ class Bounds(NamedTuple):
 
 
 def codes_of(
-    transform: GroupTransform, x: Tensor, types: Tensor | None, default_type: int, qmax: int
+    transform: GroupTransform,
+    x: Tensor,
+    types: Tensor | None,
+    default_type: int,
+    qmax: int,
+    x_error: Tensor | None = None,
 ) -> Bounds:
     """Bounds on the codes of x [M, K]: in the kernel the token, both factors and the half-way result are fp16, in
-    units of the largest magnitude of each, and sums are fp32."""
+    units of the largest magnitude of each, and sums are fp32.
+
+    x_error  [M, K]: how far the kernel's x may be from x
+    """
     t = transform
     d1, d2 = t.left.shape[0], t.right.shape[-1]
     wide = [None if o is None else o.double() for o in (t.shift, t.channel_scale, t.left, t.right)]
@@ -47,7 +55,13 @@ def codes_of(
     )
     # The reference's own steps on magnitudes, once plain and once with each operand at the end of its rounding.
     shift = 0.0 if wide[0] is None else reference.rows_of_type(wide[0], types, default_type)
-    token = ((x.double() - shift) * (1.0 if wide[1] is None else wide[1])).abs().view(-1, d1, d2)
+    channel_scale = 1.0 if wide[1] is None else wide[1]
+    token = ((x.double() - shift) * channel_scale).abs().view(-1, d1, d2)
+    largest = token
+    if x_error is not None:
+        # The shift is one more rounding, of numbers that may be larger than what it leaves.
+        moved = x_error + FP32_ROUNDING * (x.double().abs() + abs(shift))
+        largest = token + (moved * abs(channel_scale)).view(-1, d1, d2)
     index = reference.slice_of_token(types, t.slice_of_type, default_type)
     index = torch.as_tensor(index).expand(x.shape[0])
     starts = torch.tensor([0, *t.widths]).cumsum(0)
@@ -55,8 +69,8 @@ def codes_of(
     for m in range(x.shape[0]):
         first, last = int(starts[index[m]]), int(starts[index[m] + 1])
         left, right = t.left[:, first:last].double().abs().t(), t.right[index[m]].double().abs()
-        units = [part.max() for part in (left, token[m], right)]
-        half = rounded(rounded(left, units[0]) @ rounded(token[m], units[1]), units[0] * units[1])
+        units = [part.max() for part in (left, largest[m], right)]
+        half = rounded(rounded(left, units[0]) @ rounded(largest[m], units[1]), units[0] * units[1])
         most = half @ rounded(right, units[2]) * (1 + (d1 + d2 + 8) * FP32_ROUNDING)
         error[m, first * d2 : last * d2] = (most - left @ token[m] @ right).flatten()
     clip = reference.rows_of_type(t.clip, types, default_type).double().unsqueeze(-1)
