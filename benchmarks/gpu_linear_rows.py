@@ -16,8 +16,10 @@ from torch import Tensor, nn
 import freeact_fx
 from freeact_fx import QuantConfig
 
-# Compiled against eager, relative: sums in another order turn a code on the border between two, and bf16 rounds.
-_TOLERANCE = 3e-2
+# Compiled against eager: eager rounds to bf16 between norm and transform where compiled code does not. That moves a
+# code by 2^-9 of itself, so it turns about 1 % of the codes, each by one of their rms of 3: sqrt(0.01) / 3 of the
+# output. One token alone scatters around that.
+_TOLERANCE = 8e-2
 _FOUR_BITS = 0.35  # W4A4 against bf16 on random data, one layer
 
 
