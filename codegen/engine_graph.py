@@ -14,7 +14,6 @@ else is among them, they stay pointwise ops that Inductor makes the epilogue of 
 
 from __future__ import annotations
 
-import math
 import operator
 from typing import Any
 
@@ -78,9 +77,7 @@ def _fuse_for_hopper(graph: Graph, product: Node, output: Node) -> bool:
     codes, weight = product.args
     value: Tensor = codes.meta["val"]
     dtype = output.meta["val"].dtype
-    num_tokens = math.prod(value.shape[:-1])
-    num_tokens = num_tokens.node.hint if isinstance(num_tokens, torch.SymInt) else num_tokens
-    if num_tokens is None or not takes_linear(value, weight.meta["val"], dtype, num_tokens):
+    if not takes_linear(value, weight.meta["val"], dtype):
         return False
     chain = [product]
     while chain[-1] is not output:

@@ -24,7 +24,7 @@ from torch import Tensor
 from freeact_fx import reference
 
 from .prologue import NO_PROLOGUE, Prologue, before_transform
-from .tiles import HOPPER_TOKENS, LARGEST_NUM_CODES, fits_hopper, hopper_transform_tile
+from .tiles import LARGEST_NUM_CODES, fits_hopper, hopper_transform_tile
 
 
 def to_engine_order(codes: Tensor) -> Tensor:
@@ -195,16 +195,9 @@ def is_hopper(device: torch.device) -> bool:
     return has_kernels(device) and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def takes_linear(codes: Tensor, weight: Tensor, dtype: torch.dtype, num_tokens: int) -> bool:
-    """Whether ``engine_linear`` is the kernel for a Linear on Hopper.
-
-    num_tokens  as far as it is known
-    """
-    return (
-        is_hopper(codes.device)
-        and num_tokens >= HOPPER_TOKENS
-        and fits_hopper(codes.shape[-1], weight.shape[0], dtype.itemsize)
-    )
+def takes_linear(codes: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``engine_linear`` is the kernel for a Linear on Hopper."""
+    return is_hopper(codes.device) and fits_hopper(codes.shape[-1], weight.shape[0], dtype.itemsize)
 
 
 @torch.library.custom_op("freeact::linear_output", mutates_args=())

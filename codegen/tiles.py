@@ -69,7 +69,7 @@ _WIDE = (
     TileConfig(128, 128, 64, num_warps=8, num_stages=3),
     TileConfig(64, 128, 64, num_warps=4, num_stages=3),
     TileConfig(32, 128, 64, num_warps=4, num_stages=4),
-    TileConfig(16, 64, 128, num_warps=4, num_stages=4),
+    TileConfig(16, 64, 256, num_warps=4, num_stages=4),
 )
 _DECODE_TOKENS = 64
 # Enough programs for two on each of 132 multiprocessors.
@@ -103,16 +103,28 @@ def choose_tile(
     )
 
 
-# Why not 256 x 128, as fast on H200 without types: the scales and types of its tokens spill registers.
-_HOPPER_WIDE = TileConfig(128, 256, 64, num_warps=4, num_stages=4, group_m=16)
-_HOPPER_NARROW = TileConfig(128, 128, 64, num_warps=4, num_stages=6, group_m=16)
-# With fewer tokens K is split among programs instead.
-HOPPER_TOKENS = 65
+# With how fast an H200 multiplies in each, the first one being 1. Why not 256 x 128, as fast without types: the scales
+# and types of its tokens spill registers.
+_HOPPER_TILES = (
+    (TileConfig(128, 256, 64, num_warps=4, num_stages=5, group_m=16), 1.0),
+    (TileConfig(128, 128, 64, num_warps=4, num_stages=6, group_m=16), 0.9),
+    (TileConfig(64, 128, 128, num_warps=4, num_stages=5, group_m=16), 0.75),
+    (TileConfig(64, 128, 64, num_warps=4, num_stages=7, group_m=16), 0.65),
+    (TileConfig(16, 128, 128, num_warps=4, num_stages=6, group_m=16), 0.25),
+)
 
 
-def choose_hopper_tile(num_tokens: int) -> TileConfig:
+def choose_hopper_tile(
+    num_tokens: int, num_outputs: int, num_codes: int, num_multiprocessors: int = 132
+) -> TileConfig:
     """The tile of the kernel with its own copying warp; ``num_warps`` is that of one of its two groups."""
-    return _HOPPER_WIDE if num_tokens > 128 else _HOPPER_NARROW
+
+    def rounds(tile: TileConfig) -> int:
+        programs = -(-num_tokens // tile.block_m) * -(-num_outputs // tile.block_n)
+        return -(-programs // num_multiprocessors)
+
+    whole = [pair for pair in _HOPPER_TILES if num_codes % (2 * pair[0].block_k) == 0]
+    return min(whole, key=lambda t: rounds(t[0]) * t[0].block_m * t[0].block_n / t[1])[0]
 
 
 def fits_hopper(num_codes: int, num_outputs: int, output_bytes: int) -> bool:
@@ -121,7 +133,7 @@ def fits_hopper(num_codes: int, num_outputs: int, output_bytes: int) -> bool:
 
     output_bytes  of one output
     """
-    block_k = _HOPPER_WIDE.block_k
+    block_k = _HOPPER_TILES[0][0].block_k
     return (
         num_codes % (2 * block_k) == 0
         and num_codes <= LARGEST_NUM_CODES
@@ -162,24 +174,23 @@ class HopperTransformTile:
 
     rows_in             the rows of X that the first product sums over, in one or two powers of two; the second is 0 if
                         there is one
-    per_multiprocessor  programs for which a multiprocessor has registers
+    registers           of a thread, at most
+    per_multiprocessor  programs for which a multiprocessor has registers and shared memory
     """
 
     rows: int
     columns: int
     rows_in: tuple[int, int]
     num_warps: int
+    registers: int
     per_multiprocessor: int
 
 
-def hopper_transform_tile(
-    d1: int, d2: int, prologue: str = "none", *, reads_two: bool = False
-) -> HopperTransformTile | None:
+def hopper_transform_tile(d1: int, d2: int, prologue: str = "none") -> HopperTransformTile | None:
     """The tile of a square Kronecker shape, or None where the portable kernel is for it: rows that would be mostly
     padding of a warp group's 64, and what does not fit its registers.
 
-    prologue   ``Prologue.kind``
-    reads_two  whether a token is made of two rows in memory, each of which takes registers
+    prologue  ``Prologue.kind``
     """
     rows, columns = _padded(d1), _padded(d2)
     if not (64 <= rows <= 128 and 16 <= columns <= 128) or d2 % 2:
@@ -189,8 +200,8 @@ def hopper_transform_tile(
     rows_in = (rows, 0)
     if rows == 128 and d1 <= 96:
         rows_in = (64, _padded(d1 - 64))
-    programs = {64 * 64: 2 if reads_two else 3, 64 * 128: 2}.get(rows * columns, 1)
-    return HopperTransformTile(rows, columns, rows_in, rows // 16, programs)
+    registers, programs = {64 * 64: (96, 5), 64 * 128: (168, 3)}.get(rows * columns, (128, 2))
+    return HopperTransformTile(rows, columns, rows_in, rows // 16, registers, programs)
 
 
 def _padded(size: int) -> int:

@@ -163,9 +163,11 @@ def multiply_tiles(
                 # Why not one load from each token's row: its addresses would fill the registers.
                 token_type = gl.load(type_ptr + m, m < M, 0).to(gl.int32)
                 token_type = gl.where(token_type < 0, token_type + NUM_TYPES, token_type)
-                for of_type in gl.static_range(NUM_TYPES):
-                    bias = gl.load(bias_ptr + of_type * N + n, n < N, 0.0)
-                    y += gl.where((token_type == of_type)[None, :], bias[:, None], 0.0)
+                bias = gl.load(bias_ptr + n, n < N, 0.0)[:, None]
+                for of_type in gl.static_range(1, NUM_TYPES):
+                    of_this = gl.load(bias_ptr + of_type * N + n, n < N, 0.0)
+                    bias = gl.where((token_type == of_type)[None, :], of_this[:, None], bias)
+                y += bias
         tma.store_wait(0)
         out_tiles.index(HALF).store(y.to(out.dtype).permute((1, 0)))
         fence_async_shared()
@@ -315,10 +317,11 @@ def hopper_linear(
     out = torch.empty(num_tokens, num_outputs, dtype=dtype, device=codes.device)
     if out.numel() == 0:
         return out
-    tile = tile or choose_hopper_tile(num_tokens)
+    num_programs = _num_multiprocessors(codes.device)
+    tile = tile or choose_hopper_tile(num_tokens, num_outputs, num_codes, num_programs)
     of_codes, of_weight, of_out = layouts(tile, dtype)
     tiles = triton.cdiv(num_tokens, tile.block_m) * triton.cdiv(num_outputs, tile.block_n)
-    hopper_linear_kernel[(min(tiles, _num_multiprocessors(codes.device)),)](
+    hopper_linear_kernel[(min(tiles, num_programs),)](
         TensorDescriptor.from_tensor(codes, [tile.block_m, tile.block_k], of_codes),
         TensorDescriptor.from_tensor(
             weight.view(torch.int8), [tile.block_n, tile.block_k], of_weight

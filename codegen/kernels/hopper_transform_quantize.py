@@ -1,10 +1,10 @@
 """``transform_quantize`` for Hopper, written for its warp groups (Gluon): the same arithmetic, one slice.
 
-A program works on one token at a time and loads the next one meanwhile. ``Z = (L^T X) R``: L^T comes out of registers,
-where it stays for all tokens; the token goes through shared memory; what the first product leaves in registers is the
-left operand of the second, whose right one, R, stays in shared memory. The rows of X are taken in one or two powers of
-two (96 = 64 + 32), so that no product is over padding alone. The prologue (norm or activation) is that of
-``transform_prologue``.
+A program works on one token at a time; several programs on a multiprocessor wait for each other's loads, which is why
+registers are few: ``HopperTransformTile.registers``. ``Z = (L^T X) R``: both factors stay in shared memory for all
+tokens, and a token goes through it; what the first product leaves in registers is the left operand of the second. The
+rows of X are taken in one or two powers of two (96 = 64 + 32), so that no product is over padding alone. The prologue
+(norm or activation) is that of ``transform_prologue``.
 """
 
 from __future__ import annotations
@@ -62,6 +62,12 @@ def mean_of(tile, COUNT: gl.constexpr):
 
 
 @gluon.jit
+def half_tile(ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], gl.float16)
+    return gl.allocate_shared_memory(gl.float16, [ROWS, COLUMNS], layout)
+
+
+@gluon.jit
 def hopper_transform_quantize_kernel(
     x_ptr,  # [M, K] floating
     other_ptr,  # [M, K] floating, or None: residual or multiplier, see Prologue
@@ -102,10 +108,9 @@ def hopper_transform_quantize_kernel(
         version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, COLUMNS, 16]
     )
     left_operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma, k_width=2)
-    of_token: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], gl.float16)
-    of_right: gl.constexpr = gl.NVMMASharedLayout.get_default_for([COLUMNS, COLUMNS], gl.float16)
-    token_tile = gl.allocate_shared_memory(gl.float16, [ROWS, COLUMNS], of_token)
-    right_tile = gl.allocate_shared_memory(gl.float16, [COLUMNS, COLUMNS], of_right)
+    token_tile = half_tile(ROWS, COLUMNS)
+    right_tile = half_tile(COLUMNS, COLUMNS)
+    left_tile_a = half_tile(ROWS, IN_A)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, tokens))[:, None]
     column = gl.arange(0, COLUMNS, gl.SliceLayout(0, tokens))[None, :]
     inside = (row < D1) & (column < D2)
@@ -115,37 +120,26 @@ def hopper_transform_quantize_kernel(
     right = gl.load(right_ptr + right_row * D2 + column, (right_row < D2) & (column < D2), 0.0)
     right_unit = larger(largest_magnitude(right), SMALLEST)
     right_tile.store((right * (1 / right_unit)).to(gl.float16))
-    out = gl.arange(0, ROWS, gl.SliceLayout(1, left_operand))[:, None]
-    in_a = gl.arange(0, IN_A, gl.SliceLayout(0, left_operand))[None, :]
+    out = gl.arange(0, ROWS, gl.SliceLayout(1, tokens))[:, None]
+    in_a = gl.arange(0, IN_A, gl.SliceLayout(0, tokens))[None, :]
     left_a = gl.load(left_ptr + in_a * D1 + out, (out < D1) & (in_a < D1), 0.0)
     left_unit = larger(largest_magnitude(left_a), SMALLEST)
     if IN_B > 0:
-        in_b = IN_A + gl.arange(0, IN_B, gl.SliceLayout(0, left_operand))[None, :]
+        in_b = IN_A + gl.arange(0, IN_B, gl.SliceLayout(0, tokens))[None, :]
         left_b = gl.load(left_ptr + in_b * D1 + out, (out < D1) & (in_b < D1), 0.0)
         left_unit = larger(left_unit, largest_magnitude(left_b))
-        left_b16 = (left_b * (1 / left_unit)).to(gl.float16)
-    left_a16 = (left_a * (1 / left_unit)).to(gl.float16)
-    if channel_scale_ptr is not None:
-        channel_scale = gl.load(channel_scale_ptr + offset, inside, 0.0)
-    step = gl.num_programs(0)
-    token = gl.program_id(0).to(gl.int64)
-    x_next = gl.load(x_ptr + token * x_stride + offset, inside & (token < M), 0.0)
-    if other_ptr is not None:
-        other_next = gl.load(other_ptr + token * other_stride + offset, inside & (token < M), 0.0)
-    while token < M:
-        x = x_next.to(gl.float32)
-        if other_ptr is not None:
-            other = other_next.to(gl.float32)
+        left_tile_b = half_tile(ROWS, IN_B)
+        left_tile_b.store((left_b * (1 / left_unit)).to(gl.float16))
+    left_tile_a.store((left_a * (1 / left_unit)).to(gl.float16))
+    for token in range(gl.program_id(0).to(gl.int64), M, gl.num_programs(0)):
         token_type = DEFAULT_TYPE
         if type_ptr is not None:
             token_type = gl.load(type_ptr + token).to(gl.int32)
             token_type = gl.where(token_type < 0, token_type + NUM_TYPES, token_type)
         clip = gl.load(clip_ptr + token_type)
-        next_inside = inside & (token + step < M)
-        x_next = gl.load(x_ptr + (token + step) * x_stride + offset, next_inside, 0.0)
+        x = gl.load(x_ptr + token * x_stride + offset, inside, 0.0).to(gl.float32)
         if other_ptr is not None:
-            other_row = other_ptr + (token + step) * other_stride
-            other_next = gl.load(other_row + offset, next_inside, 0.0)
+            other = gl.load(other_ptr + token * other_stride + offset, inside, 0.0).to(gl.float32)
         # The token as its prologue leaves it.
         if total_ptr is not None:
             total = (x + other).to(total_ptr.dtype.element_ty)
@@ -167,16 +161,16 @@ def hopper_transform_quantize_kernel(
         if shift_ptr is not None:
             x -= gl.load(shift_ptr + token_type * K + offset, inside, 0.0).to(gl.float32)
         if channel_scale_ptr is not None:
-            x *= channel_scale
+            x *= gl.load(channel_scale_ptr + offset, inside, 0.0)
         unit = larger(largest_magnitude(x), SMALLEST)
         token_tile.store((x * (1 / unit)).to(gl.float16))
         fence_async_shared()
         _barrier()
         # Z = (L^T X) R: fp16 operands, fp32 sums.
         y = gl.zeros((ROWS, COLUMNS), gl.float32, mma)
-        y = warpgroup_mma(left_a16, token_tile.slice(0, IN_A), y, use_acc=False, is_async=True)
+        y = warpgroup_mma(left_tile_a, token_tile.slice(0, IN_A), y, use_acc=False, is_async=True)
         if IN_B > 0:
-            y = warpgroup_mma(left_b16, token_tile.slice(IN_A, IN_B), y, is_async=True)
+            y = warpgroup_mma(left_tile_b, token_tile.slice(IN_A, IN_B), y, is_async=True)
         y = warpgroup_mma_wait(num_outstanding=0, deps=(y,))
         y16 = gl.convert_layout(y.to(gl.float16), left_operand)
         z = gl.zeros((ROWS, COLUMNS), gl.float32, mma)
@@ -186,7 +180,8 @@ def hopper_transform_quantize_kernel(
         per_code = larger(largest_magnitude(z) * clip / QMAX, SMALLEST)
         gl.store(scale_ptr + token, larger(per_code * unit * left_unit * right_unit, SMALLEST))
         grid = gl.minimum(gl.maximum(z * (1 / per_code), -QMAX), QMAX)
-        codes = ((grid + TIES_TO_EVEN) - TIES_TO_EVEN).to(gl.int8)
+        # The low byte of such a sum is the integer.
+        codes = (grid + TIES_TO_EVEN).to(gl.int32, bitcast=True).to(gl.int8)
         even, odd = gl.split(gl.reshape(codes, (ROWS, COLUMNS // 2, 2)))
         PAIRS_PER_ROW: gl.constexpr = COLUMNS // 32 if COLUMNS >= 32 else 1
         stored: gl.constexpr = gl.BlockedLayout(
@@ -198,7 +193,6 @@ def hopper_transform_quantize_kernel(
         here = (pair_row < D1) & (pair < D2 // 2)
         gl.store(target, gl.convert_layout(even, stored), here)
         gl.store(target + K // 2, gl.convert_layout(odd, stored), here)
-        token += step
 
 
 def hopper_transform_quantize(
@@ -226,7 +220,7 @@ def hopper_transform_quantize(
     scale = torch.empty(num_tokens, 1, dtype=torch.float32, device=x.device)
     if num_tokens == 0:
         return codes, scale
-    tile = hopper_transform_tile(d1, d2, prologue.kind, reads_two=prologue.other is not None)
+    tile = hopper_transform_tile(d1, d2, prologue.kind)
     assert tile is not None
     x = rows_in_memory(x)
     other = None if prologue.other is None else rows_in_memory(prologue.other)
@@ -258,6 +252,7 @@ def hopper_transform_quantize(
         EPS=prologue.eps,
         WEIGHT_OFFSET=prologue.weight_offset,
         num_warps=tile.num_warps,
+        maxnreg=tile.registers,
         enable_fp_fusion=True,
     )
     return codes, scale

@@ -16,7 +16,9 @@ Letters: M tokens, K = D1 * D2 features, P token types, S slices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import os
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -28,6 +30,7 @@ from freeact_fx.codegen.tiles import transform_tile
 
 from .transform_prologue import centred, load_token, shifted, sum_of, weighted
 
+_OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 SMALLEST = tl.constexpr(1e-30)
 # Adding and taking away 1.5 * 2^23 rounds an fp32 below 2^22 to the nearest integer, ties to even.
 TIES_TO_EVEN = tl.constexpr(12582912.0)
@@ -233,8 +236,7 @@ def is_supported(left: Tensor, right: Tensor, widths: Sequence[int], qmax: int) 
     tile = transform_tile(left.shape[0], max(widths), right.shape[-1])
     if tile.columns[1] == 0 or not left.is_cuda:
         return True
-    old_triton = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
-    return not (old_triton and torch.cuda.get_device_capability(left.device) >= (10, 0))
+    return not (_OLD_TRITON and torch.cuda.get_device_capability(left.device) >= (10, 0))
 
 
 def transform_quantize(
@@ -269,7 +271,10 @@ def transform_quantize(
     other = None if prologue.other is None else rows_in_memory(prologue.other)
     optional = (prologue.weight, prologue.bias, token_type, shift, channel_scale)
     contiguous = (None if t is None else t.contiguous() for t in optional)
-    transform_quantize_kernel[(min(num_tokens, _num_programs(x.device)),)](
+    launch = transform_quantize_kernel[(min(num_tokens, _num_programs(x.device)),)]
+    if tile.columns[1] and _OLD_TRITON:
+        launch = functools.partial(_without_wgmma, launch)
+    launch(
         x,
         other,
         prologue.total,
@@ -301,6 +306,20 @@ def transform_quantize(
         enable_fp_fusion=True,
     )
     return codes, scale
+
+
+def _without_wgmma(launch: Callable[..., object], *operands: object, **static: object) -> None:
+    """Triton 3.6 compiles a token in two pieces for Hopper's warp groups so that it reads and writes astray; the
+    matrix instruction of sm_80 is right. A switch in the environment is all that it has for it."""
+    before = os.environ.get("DISABLE_MMA_V3")
+    os.environ["DISABLE_MMA_V3"] = "1"
+    try:
+        launch(*operands, **static)
+    finally:
+        if before is None:
+            del os.environ["DISABLE_MMA_V3"]
+        else:
+            os.environ["DISABLE_MMA_V3"] = before
 
 
 def rows_in_memory(x: Tensor) -> Tensor:

@@ -56,11 +56,16 @@ def compile_kernel(
 
 
 def compile_gluon(
-    kernel: Any, *, arguments: dict[str, str], constants: dict[str, Any], num_warps: int
+    kernel: Any,
+    *,
+    arguments: dict[str, str],
+    constants: dict[str, Any],
+    num_warps: int,
+    maxnreg: int | None = None,
 ) -> Compiled:
     """The same for a ``gluon.jit`` function, for Hopper."""
     source = GluonASTSource(**_source(kernel, arguments, constants))
-    return compile_source(source, 90, num_warps=num_warps)
+    return compile_source(source, 90, num_warps=num_warps, maxnreg=maxnreg)
 
 
 def _source(kernel: Any, arguments: dict[str, str], constants: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +79,7 @@ def _source(kernel: Any, arguments: dict[str, str], constants: dict[str, Any]) -
     return {"fn": kernel, "signature": signature, "constexprs": constants, "attrs": divisible}
 
 
-def compile_source(source: Any, capability: int, **options: int) -> Compiled:
+def compile_source(source: Any, capability: int, **options: int | None) -> Compiled:
     options["enable_fp_fusion"] = True  # as the launchers say
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options=options)

@@ -104,27 +104,25 @@ def test_fused_where_the_kernel_has_it_all(
 
 
 @pytest.mark.parametrize(
-    ("num_codes", "num_outputs", "dtype", "num_tokens", "takes"),
+    ("num_codes", "num_outputs", "dtype", "takes"),
     [
-        (4096, 12288, torch.bfloat16, 4096, True),
-        (4096, 12288, torch.bfloat16, 64, False),  # K is split instead
-        (4096, 12288, torch.float32, 4096, False),
-        (4160, 12288, torch.float16, 4096, False),  # a step that is not whole
-        (4096, 12, torch.bfloat16, 4096, False),  # rows that the copy engine cannot address
+        (4096, 12288, torch.bfloat16, True),
+        (4096, 12288, torch.float32, False),
+        (4160, 12288, torch.float16, False),  # a step that is not whole
+        (4096, 12, torch.bfloat16, False),  # rows that the copy engine cannot address
     ],
 )
 def test_shapes_that_the_kernel_takes(
     num_codes: int,
     num_outputs: int,
     dtype: torch.dtype,
-    num_tokens: int,
     takes: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     codes, weight = torch.empty(1, num_codes, dtype=torch.int8), torch.empty(num_outputs, 1)
-    assert not engine_ops.takes_linear(codes, weight, dtype, num_tokens)
+    assert not engine_ops.takes_linear(codes, weight, dtype)
     monkeypatch.setattr(engine_ops, "is_hopper", lambda device: True)
-    assert engine_ops.takes_linear(codes, weight, dtype, num_tokens) == takes
+    assert engine_ops.takes_linear(codes, weight, dtype) == takes
 
 
 @pytest.mark.parametrize("lead", [(), (1,), (3, 5)], ids=str)

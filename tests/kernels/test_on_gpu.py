@@ -86,7 +86,17 @@ def test_product_of_more_than_2_to_the_31_elements() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("num_tokens", "num_outputs", "num_codes"),
-    [(65, 256, 128), (100, 72, 256), (129, 8, 128), (1000, 4096, 4096), (8192, 12288, 4096)],
+    [
+        (1, 12288, 4096),
+        (16, 4096, 12288),
+        (33, 264, 512),
+        (65, 256, 128),
+        (100, 72, 256),
+        (129, 8, 128),
+        (256, 12288, 4096),
+        (1000, 4096, 4096),
+        (8192, 12288, 4096),
+    ],
 )
 def test_hopper_linear(
     num_tokens: int, num_outputs: int, num_codes: int, dtype: torch.dtype, typed: bool
