@@ -224,8 +224,8 @@ def measure_all(benchmark: Benchmark, jobs: Sequence[Job], parts: Sequence[Path]
 def find_row(
     rows: Sequence[Mapping[str, Any]], key: Mapping[str, Any], *, any_source: bool = False
 ) -> Mapping[str, Any] | None:
-    """The last row that agrees with the key; `any_source`: of whatever code."""
-    ignored = ("source", "config") if any_source else ()
+    """The last row that agrees with the key; `any_source`: of whatever code and compiler."""
+    ignored = ("source", "config", "compiler") if any_source else ()
     wanted = {name: value for name, value in key.items() if name not in ignored}
     fitting = (row for row in reversed(rows) if all(row[n] == v for n, v in wanted.items()))
     return next(fitting, None)
@@ -296,7 +296,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--parts", type=Path, nargs="+", help="work files; the first is appended to")
     add("--shard", default="0/1", metavar="I/N", help="measure every N-th row only, from I on")
     add("--only-measured", action="store_true", help="measure nothing, sum up the work files")
-    add("--any-source", action="store_true", help="sum up rows of older code too")
+    add("--any-source", action="store_true", help="sum up rows of older code and of either compiler too")
     add("--keep-checkpoints", type=Path, help="folder; default: they are deleted once scored")
     add("--out", type=Path, help="JSON file")
     add("--plot", type=Path, default=REPOSITORY / "out" / "accuracy.png")
