@@ -68,6 +68,31 @@ def half_tile(ROWS: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
+def type_of(type_ptr, token, DEFAULT_TYPE: gl.constexpr, NUM_TYPES: gl.constexpr):
+    token_type = DEFAULT_TYPE
+    if type_ptr is not None:
+        token_type = gl.load(type_ptr + token).to(gl.int32)
+        token_type = gl.where(token_type < 0, token_type + NUM_TYPES, token_type)
+    return token_type
+
+
+@gluon.jit
+def fetch_row(row_ptr, SIZE: gl.constexpr, K: gl.constexpr, num_warps: gl.constexpr):
+    """Ask for the lines of a row [K]; SIZE is K or a larger power of two."""
+    LINE: gl.constexpr = 1024 // row_ptr.dtype.element_ty.primitive_bitwidth
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    place = gl.minimum(gl.arange(0, SIZE // LINE, layout) * LINE, K - 1)
+    gl.inline_asm_elementwise(
+        "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+        "=r,l",
+        [(row_ptr + place).to(gl.int64)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def hopper_transform_quantize_kernel(
     x_ptr,  # [M, K] floating
     other_ptr,  # [M, K] floating, or None: residual or multiplier, see Prologue
@@ -131,11 +156,18 @@ def hopper_transform_quantize_kernel(
         left_tile_b = half_tile(ROWS, IN_B)
         left_tile_b.store((left_b * (1 / left_unit)).to(gl.float16))
     left_tile_a.store((left_a * (1 / left_unit)).to(gl.float16))
-    for token in range(gl.program_id(0).to(gl.int64), M, gl.num_programs(0)):
-        token_type = DEFAULT_TYPE
-        if type_ptr is not None:
-            token_type = gl.load(type_ptr + token).to(gl.int32)
-            token_type = gl.where(token_type < 0, token_type + NUM_TYPES, token_type)
+    # Not a for: out of one the compiler moves loads of channel scales, which then fill the registers.
+    token = gl.program_id(0).to(gl.int64)
+    next_type = type_of(type_ptr, gl.minimum(token, M - 1), DEFAULT_TYPE, NUM_TYPES)
+    while token < M:
+        # Where the shift of a token is depends on its type, so that is loaded a token ahead; what will be read from
+        # DRAM is fetched as far as the L2 cache.
+        next_token = gl.minimum(token + gl.num_programs(0), M - 1)
+        token_type = next_type
+        next_type = type_of(type_ptr, next_token, DEFAULT_TYPE, NUM_TYPES)
+        fetch_row(x_ptr + next_token * x_stride, ROWS * COLUMNS, K, num_warps)
+        if other_ptr is not None:
+            fetch_row(other_ptr + next_token * other_stride, ROWS * COLUMNS, K, num_warps)
         clip = gl.load(clip_ptr + token_type)
         x = gl.load(x_ptr + token * x_stride + offset, inside, 0.0).to(gl.float32)
         if other_ptr is not None:
@@ -193,6 +225,7 @@ def hopper_transform_quantize_kernel(
         here = (pair_row < D1) & (pair < D2 // 2)
         gl.store(target, gl.convert_layout(even, stored), here)
         gl.store(target + K // 2, gl.convert_layout(odd, stored), here)
+        token += gl.num_programs(0)
 
 
 def hopper_transform_quantize(

@@ -197,21 +197,25 @@ def test_hopper_linear(num_tokens: int, typed: bool) -> None:
     ],
     ids=str,
 )
-def test_hopper_transform(shape: tuple[int, int], prologue: str) -> None:
+@pytest.mark.parametrize("typed", [True, False])
+def test_hopper_transform(shape: tuple[int, int], prologue: str, typed: bool) -> None:
     tile = hopper_transform_tile(*shape, prologue.split()[0])
     assert tile is not None
     factors = dict.fromkeys(("channel_scale_ptr", "left_ptr", "right_ptr", "clip_ptr"), "*fp32")
-    pointers = {"x_ptr": "*bf16", "type_ptr": "*i32", "shift_ptr": "*bf16", "codes_ptr": "*i8"}
+    pointers = {"x_ptr": "*bf16", "shift_ptr": "*bf16", "codes_ptr": "*i8"}
+    types = {"type_ptr": "*i32"}
     compiled = compile_gluon(
         hopper_transform_quantize_kernel,
         arguments={
             **pointers,
+            **(types if typed else {}),
             **factors,
             "scale_ptr": "*fp32",
             **PROLOGUES[prologue],
             **STRIDES,
         },
         constants=constants_of(prologue)
+        | ({} if typed else dict.fromkeys(types))
         | {
             "D1": shape[0],
             "D2": shape[1],
@@ -228,7 +232,8 @@ def test_hopper_transform(shape: tuple[int, int], prologue: str) -> None:
         maxnreg=tile.registers,
     )
     assert re.search(FP16_INSTRUCTIONS[90], compiled.ptx)
+    assert "prefetch.global.L2" in compiled.ptx
     # Two programs hide more than what goes to the stack costs.
-    assert compiled.local_bytes <= 256
+    assert compiled.local_bytes <= 384
     assert compiled.registers * 32 * tile.num_warps * tile.per_multiprocessor <= 65536
     assert compiled.shared_bytes * tile.per_multiprocessor <= 227 * 1024
