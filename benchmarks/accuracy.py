@@ -296,7 +296,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--parts", type=Path, nargs="+", help="work files; the first is appended to")
     add("--shard", default="0/1", metavar="I/N", help="measure every N-th row only, from I on")
     add("--only-measured", action="store_true", help="measure nothing, sum up the work files")
-    add("--any-source", action="store_true", help="sum up rows of older code and of either compiler too")
+    add(
+        "--any-source",
+        action="store_true",
+        help="sum up rows of older code and of either compiler too",
+    )
     add("--keep-checkpoints", type=Path, help="folder; default: they are deleted once scored")
     add("--out", type=Path, help="JSON file")
     add("--plot", type=Path, default=REPOSITORY / "out" / "accuracy.png")
