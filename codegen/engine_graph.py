@@ -10,6 +10,8 @@ makes out of plain ops) are reordered in front of the product.
 
 On Hopper a product with its scales and its bias table becomes one ``engine_linear``. Elsewhere, and where something
 else is among them, they stay pointwise ops that Inductor makes the epilogue of the product's template.
+
+``fold_prologue`` puts norms and activations into the transforms.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from .engine_ops import has_kernels, takes_codes, takes_linear
+from .fold_prologue import fold_activations, fold_norms
 
 aten, prims = torch.ops.aten, torch.ops.prims
 freeact = torch.ops.freeact
@@ -30,6 +33,7 @@ freeact = torch.ops.freeact
 def use_engine_ops(graph: Graph) -> None:
     """Replace the plain ops whose codes are int8 and on a GPU; edits the graph in place."""
     reordered: dict[Node, Node] = {}
+    products = []
     for node in list(graph.nodes):
         if node.target is not freeact.int_mm.default:
             continue
@@ -41,12 +45,17 @@ def use_engine_ops(graph: Graph) -> None:
             reordered[codes] = codes if _swap_producer(codes) else _reorder(graph, codes)
         node.target = freeact.engine_int_mm.default
         node.args = (reordered[codes], *node.args[1:])
-        output = _output_of(node)
-        if output is not None and not _fuse_for_hopper(graph, node, output):
+        products.append(node)
+    if not products:
+        return
+    fold_activations(graph)
+    for product in products:
+        output = _output_of(product)
+        if output is not None and not _fuse_for_hopper(graph, product, output):
             _mark(graph, output)
-    if reordered:
-        graph.eliminate_dead_code()
-        graph.lint()
+    graph.eliminate_dead_code()
+    fold_norms(graph)
+    graph.lint()
 
 
 def _mark(graph: Graph, output: Node) -> None:

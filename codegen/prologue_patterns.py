@@ -182,15 +182,29 @@ def _activation(node: Any) -> tuple[str, Node] | None:
     """The kind of an activation and its operand."""
     if not isinstance(node, Node):
         return None
-    factors = factors_of(node)
-    for kind, (number, is_curve) in _KINDS.items():
-        if not math.isclose(factors.number, number, rel_tol=1e-6) or len(factors.all()) != 2:
+    for x in _operands_of_product(node):
+        factors = factors_of(node, stop=x)
+        if len(factors.all()) != 2 or factors.count(x) != 1:
             continue
-        for x in factors.above:
-            curve = next((f for f in factors.all() if f is not x), None)
-            if curve is not None and is_curve(curve, x, curve in factors.below):
+        (curve,) = (f for f in factors.all() if f is not x)
+        for kind, (number, is_curve) in _KINDS.items():
+            is_number = math.isclose(factors.number, number, rel_tol=1e-6)
+            if is_number and is_curve(curve, x, curve in factors.below):
                 return kind, factors.forms[x]
     return None
+
+
+def _operands_of_product(node: Node) -> list[Node]:
+    """What is multiplied, also within products: x may be one itself."""
+    found = []
+    is_product = node.target in (aten.mul.Tensor, aten.mul.Scalar) or is_plain(
+        node, aten.div.Tensor
+    )
+    for operand in node.args if is_product else ():
+        value = without_cast(operand)
+        if isinstance(value, Node) and value not in found:
+            found += [value, *_operands_of_product(value)]
+    return found
 
 
 def _is_sigmoid(curve: Node, x: Node, is_divisor: bool) -> bool:
@@ -219,7 +233,7 @@ def _is_tanh(curve: Node, x: Node, is_divisor: bool) -> bool:
     tanh, one = plus_number(curve)
     if is_divisor or one != 1 or not isinstance(tanh, Node) or tanh.target is not aten.tanh.default:
         return False
-    inner = factors_of(tanh.args[0])
+    inner = factors_of(tanh.args[0], stop=x)
     if len(inner.all()) != 1 or not math.isclose(
         inner.number, math.sqrt(2 / math.pi), rel_tol=1e-6
     ):
@@ -233,7 +247,7 @@ def _is_tanh(curve: Node, x: Node, is_divisor: bool) -> bool:
 
 
 def _is_cubic(node: Any, x: Node) -> bool:
-    factors = factors_of(node)
+    factors = factors_of(node, stop=x)
     powers = [f for f in factors.all() if is_power(f, 3) and same_value(f.args[0], x)]
     is_cube = len(factors.all()) == 3 and factors.count(x) == 3
     return math.isclose(factors.number, 0.044715, rel_tol=1e-6) and (
@@ -242,7 +256,7 @@ def _is_cubic(node: Any, x: Node) -> bool:
 
 
 def _is_multiple(node: Any, number: float, x: Node) -> bool:
-    factors = factors_of(node)
+    factors = factors_of(node, stop=x)
     return (
         math.isclose(factors.number, number, rel_tol=1e-6)
         and len(factors.all()) == factors.count(x) == 1
