@@ -115,7 +115,8 @@ def _transform_kernel(
         return None
     d1, d2 = left.shape[0], right.shape[-1]
     is_square = len(widths) == 1 and left.shape[1] == d1
-    if is_square and is_hopper(left.device) and hopper_transform_tile(d1, d2, prologue.kind):
+    has_tile = hopper_transform_tile(d1, d2, prologue.kind) is not None
+    if qmax == 7 and is_square and has_tile and is_hopper(left.device):
         return hopper.hopper_transform_quantize
     return portable.transform_quantize
 

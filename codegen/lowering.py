@@ -20,7 +20,7 @@ import torch
 from freeact_fx import reference
 from freeact_fx.compat import register_decomposition
 
-from .engine_ops import has_kernels
+from .engine_ops import has_kernels, is_hopper
 
 
 @functools.cache
@@ -36,6 +36,11 @@ def register() -> None:
     register_decomposition(torch.ops.freeact.branch_product.default, _branch_product)
     if torch.cuda.is_available() and has_kernels(torch.device("cuda")):
         from .templates import int_mm  # noqa: F401  (registers its lowering)
+
+        if is_hopper(torch.device("cuda")):
+            from .kernels.launch import make_counters
+
+            make_counters(torch.device("cuda", torch.cuda.current_device()))
 
 
 def _transform_quantize(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,7 @@ Nothing here imports Triton. Compute capabilities are written as PTX does: 80, 9
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # Bytes of shared memory that one program may use.
 _SHARED_BYTES = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448}
@@ -112,6 +112,20 @@ _HOPPER_TILES = (
     (TileConfig(64, 128, 64, num_warps=4, num_stages=7, group_m=16), 0.65),
     (TileConfig(16, 128, 128, num_warps=4, num_stages=6, group_m=16), 0.25),
 )
+_SPLITS = (1, 2, 4, 8)
+# Microseconds on an H100: a tile of 128 x 256 over 4096 codes; what a program spends besides on a part of a tile, and
+# on each byte of its sums.
+_TILE_US, _PART_US, _PART_BYTE_US = 24.0, 1.5, 2e-5
+
+
+def hopper_tiles(num_codes: int) -> list[tuple[TileConfig, float]]:
+    """The legal ones for a number of codes, K split in whole steps or not, with how fast each is."""
+    return [
+        (replace(tile, split_k=split), speed)
+        for tile, speed in _HOPPER_TILES
+        for split in _SPLITS
+        if num_codes % (2 * tile.block_k * split) == 0
+    ]
 
 
 def choose_hopper_tile(
@@ -119,12 +133,15 @@ def choose_hopper_tile(
 ) -> TileConfig:
     """The tile of the kernel with its own copying warp; ``num_warps`` is that of one of its two groups."""
 
-    def rounds(tile: TileConfig) -> int:
-        programs = -(-num_tokens // tile.block_m) * -(-num_outputs // tile.block_n)
-        return -(-programs // num_multiprocessors)
+    def time_us(tile: TileConfig, speed: float) -> float:
+        size = tile.block_m * tile.block_n
+        parts = -(-num_tokens // tile.block_m) * -(-num_outputs // tile.block_n) * tile.split_k
+        part_us = _TILE_US * size / (128 * 256) * num_codes / 4096 / tile.split_k / speed
+        if tile.split_k > 1:
+            part_us += _PART_US + 4 * size * _PART_BYTE_US
+        return -(-parts // num_multiprocessors) * part_us
 
-    whole = [pair for pair in _HOPPER_TILES if num_codes % (2 * pair[0].block_k) == 0]
-    return min(whole, key=lambda t: rounds(t[0]) * t[0].block_m * t[0].block_n / t[1])[0]
+    return min(hopper_tiles(num_codes), key=lambda pair: time_us(*pair))[0]
 
 
 def fits_hopper(num_codes: int, num_outputs: int, output_bytes: int) -> bool:

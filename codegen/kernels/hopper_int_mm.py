@@ -7,6 +7,10 @@ out while the next one is loaded. Programs are persistent, one per multiprocesso
 Barriers: ``full`` counts the bytes of a stage that have arrived, ``empty`` one arrival from each group. Each group
 has a barrier arrival of its own: with eight warps in one group some arrive before others have read.
 
+Where there are too few tiles for the chip, K is split among programs. Each leaves its sum in memory and counts itself;
+the last one adds what the others left, and does the epilogue. Weights are on their way before the kernel before is done
+(``launch``).
+
 Letters as in ``int_mm``; KE is the number of even codes, which is that of the odd ones.
 """
 
@@ -31,9 +35,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from freeact_fx.codegen.tiles import TileConfig, choose_hopper_tile
 
+from .launch import allow_next_kernel, counters, wait_for_previous_kernel
+
 # Triton 3.9 has new names for the copies.
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 _INSTRUCTION_TOKENS = gl.constexpr(128)  # int8 wgmma is refused at 256
 
@@ -66,6 +73,14 @@ def tile_of(index, num_m, num_n, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
+def part_of(item, num_even, BLOCK_K: gl.constexpr, SPLIT_K: gl.constexpr):
+    """Tile of a work item, and the range of weight bytes that it sums over."""
+    bytes_of_part = num_even // (BLOCK_K * SPLIT_K) * BLOCK_K
+    first = item % SPLIT_K * bytes_of_part
+    return item // SPLIT_K, first, first + bytes_of_part
+
+
+@gluon.jit
 def copy_tiles(
     codes,
     weight,
@@ -77,25 +92,96 @@ def copy_tiles(
     num_n,
     num_even,
     GROUP_M: gl.constexpr,
+    SPLIT_K: gl.constexpr,
 ):
     """The copying warp: packed weights, even codes and odd codes of each step, for each tile of this program."""
     STAGES: gl.constexpr = weight_ring.shape[0]
     BLOCK_N: gl.constexpr = weight_ring.shape[1]
     BLOCK_K: gl.constexpr = weight_ring.shape[2]
     BLOCK_M: gl.constexpr = codes_ring.shape[1]
+    STEP_BYTES: gl.constexpr = (BLOCK_N + 2 * BLOCK_M) * BLOCK_K
+    # Weights of the first steps do not depend on the kernel before.
+    index, first, last = part_of(gl.program_id(0), num_even, BLOCK_K, SPLIT_K)
+    tile_m, tile_n = tile_of(index, num_m, num_n, GROUP_M)
+    num_ahead = gl.minimum((last - first) // BLOCK_K, STAGES)
+    for stage in range(0, num_ahead):
+        mbarrier.expect(full.index(stage), STEP_BYTES)
+        byte = first + stage * BLOCK_K
+        _load(weight, [tile_n * BLOCK_N, byte], full.index(stage), weight_ring.index(stage))
+    wait_for_previous_kernel()
     step = 0
-    for index in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+    for item in range(gl.program_id(0), num_m * num_n * SPLIT_K, gl.num_programs(0)):
+        index, first, last = part_of(item, num_even, BLOCK_K, SPLIT_K)
         tile_m, tile_n = tile_of(index, num_m, num_n, GROUP_M)
-        for byte in range(0, num_even, BLOCK_K):
+        for byte in range(first, last, BLOCK_K):
             stage = step % STAGES
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             arrived = full.index(stage)
-            mbarrier.expect(arrived, (BLOCK_N + 2 * BLOCK_M) * BLOCK_K)
-            _load(weight, [tile_n * BLOCK_N, byte], arrived, weight_ring.index(stage))
+            if step >= num_ahead:
+                mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+                mbarrier.expect(arrived, STEP_BYTES)
+                _load(weight, [tile_n * BLOCK_N, byte], arrived, weight_ring.index(stage))
             row = tile_m * BLOCK_M
             _load(codes, [row, byte], arrived, codes_ring.index(2 * stage))
             _load(codes, [row, num_even + byte], arrived, codes_ring.index(2 * stage + 1))
             step += 1
+
+
+@gluon.jit
+def sum_of_parts(
+    total, partial_ptr, counter_ptr, tile, part, SPLIT_K: gl.constexpr, layout: gl.constexpr
+):
+    """The sums of all parts of a tile, and whether this program is the last of them; only then they are complete."""
+    ROWS: gl.constexpr = total.shape[0]
+    BLOCK_M: gl.constexpr = total.shape[1]
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
+    offset = row * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, layout))[None, :]
+    of_tile = partial_ptr + tile.to(gl.int64) * (SPLIT_K * ROWS * BLOCK_M) + offset
+    gl.store(of_tile + part * (ROWS * BLOCK_M), total)
+    _barrier()
+    is_last = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel") == SPLIT_K - 1
+    if is_last:
+        for other in gl.static_range(SPLIT_K):
+            # Not out of the L1 cache, which may hold sums of a call before.
+            there = gl.full([ROWS, BLOCK_M], other, gl.int32, layout) != part
+            total += gl.load(of_tile + other * (ROWS * BLOCK_M), there, 0, cache_modifier=".cg")
+        gl.store(counter_ptr + tile, 0)
+    return total, is_last
+
+
+@gluon.jit
+def scaled(
+    total,
+    scale_ptr,
+    weight_scale_ptr,
+    bias_ptr,
+    type_ptr,
+    first_m,
+    first_n,
+    M,
+    N,
+    DEFAULT_TYPE: gl.constexpr,
+    NUM_TYPES: gl.constexpr,
+    layout: gl.constexpr,
+):
+    """The epilogue, in fp32: 1 / 16, the scales of token and output, the bias of the token's type."""
+    n = first_n + gl.arange(0, total.shape[0], gl.SliceLayout(1, layout))
+    m = first_m + gl.arange(0, total.shape[1], gl.SliceLayout(0, layout))
+    weight_scale = gl.load(weight_scale_ptr + n, n < N, 0.0) * 0.0625
+    scale = gl.load(scale_ptr + m, m < M, 0.0)
+    y = total.to(gl.float32) * scale[None, :] * weight_scale[:, None]
+    if bias_ptr is not None:
+        if type_ptr is None:
+            y += gl.load(bias_ptr + DEFAULT_TYPE * N + n, n < N, 0.0)[:, None]
+        else:
+            # Why not one load from each token's row: its addresses would fill the registers.
+            token_type = gl.load(type_ptr + m, m < M, 0).to(gl.int32)
+            token_type = gl.where(token_type < 0, token_type + NUM_TYPES, token_type)
+            bias = gl.load(bias_ptr + n, n < N, 0.0)[:, None]
+            for of_type in gl.static_range(1, NUM_TYPES):
+                of_this = gl.load(bias_ptr + of_type * N + n, n < N, 0.0)
+                bias = gl.where((token_type == of_type)[None, :], of_this[:, None], bias)
+            y += bias
+    return y
 
 
 @gluon.jit
@@ -105,6 +191,8 @@ def multiply_tiles(
     weight_scale_ptr,
     bias_ptr,
     type_ptr,
+    partial_ptr,
+    counter_ptr,
     codes_ring,
     weight_ring,
     out_tiles,
@@ -118,6 +206,7 @@ def multiply_tiles(
     DEFAULT_TYPE: gl.constexpr,
     NUM_TYPES: gl.constexpr,
     GROUP_M: gl.constexpr,
+    SPLIT_K: gl.constexpr,
     HALF: gl.constexpr,
 ):
     """One group of four warps: its half of the outputs of each tile, scaled and written out."""
@@ -131,11 +220,13 @@ def multiply_tiles(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 32]
     )
     left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout, k_width=4)
+    wait_for_previous_kernel()
     step = 0
-    for index in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+    for item in range(gl.program_id(0), num_m * num_n * SPLIT_K, gl.num_programs(0)):
+        index, first, last = part_of(item, num_even, BLOCK_K, SPLIT_K)
         tile_m, tile_n = tile_of(index, num_m, num_n, GROUP_M)
         total = gl.zeros((ROWS, BLOCK_M), gl.int32, layout)
-        for byte in range(0, num_even, BLOCK_K):
+        for byte in range(first, last, BLOCK_K):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
             packed = weight_ring.index(stage).slice(HALF * ROWS, ROWS).load(left)
@@ -146,32 +237,35 @@ def multiply_tiles(
             total = warpgroup_mma(odd, odd_codes, total, is_async=True)
             # The two products of the step before are done; what they read may be overwritten.
             total = warpgroup_mma_wait(num_outstanding=2, deps=(total,))
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=byte > 0)
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=byte > first)
             step += 1
         total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
-        # Epilogue, in fp32: 1 / 16, the scales of token and output, the bias of the token's type.
-        n = tile_n * BLOCK_N + HALF * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-        m = tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, layout))
-        weight_scale = gl.load(weight_scale_ptr + n, n < N, 0.0) * 0.0625
-        scale = gl.load(scale_ptr + m, m < M, 0.0)
-        y = total.to(gl.float32) * scale[None, :] * weight_scale[:, None]
-        if bias_ptr is not None:
-            if type_ptr is None:
-                y += gl.load(bias_ptr + DEFAULT_TYPE * N + n, n < N, 0.0)[:, None]
-            else:
-                # Why not one load from each token's row: its addresses would fill the registers.
-                token_type = gl.load(type_ptr + m, m < M, 0).to(gl.int32)
-                token_type = gl.where(token_type < 0, token_type + NUM_TYPES, token_type)
-                bias = gl.load(bias_ptr + n, n < N, 0.0)[:, None]
-                for of_type in gl.static_range(1, NUM_TYPES):
-                    of_this = gl.load(bias_ptr + of_type * N + n, n < N, 0.0)
-                    bias = gl.where((token_type == of_type)[None, :], of_this[:, None], bias)
-                y += bias
-        tma.store_wait(0)
-        out_tiles.index(HALF).store(y.to(out.dtype).permute((1, 0)))
-        fence_async_shared()
-        _store(out, [tile_m * BLOCK_M, tile_n * BLOCK_N + HALF * ROWS], out_tiles.index(HALF))
+        is_whole = True
+        if SPLIT_K > 1:
+            half = 2 * index + HALF
+            total, is_whole = sum_of_parts(
+                total, partial_ptr, counter_ptr, half, item % SPLIT_K, SPLIT_K, layout
+            )
+        if is_whole:
+            y = scaled(
+                total,
+                scale_ptr,
+                weight_scale_ptr,
+                bias_ptr,
+                type_ptr,
+                tile_m * BLOCK_M,
+                tile_n * BLOCK_N + HALF * ROWS,
+                M,
+                N,
+                DEFAULT_TYPE,
+                NUM_TYPES,
+                layout,
+            )
+            tma.store_wait(0)
+            out_tiles.index(HALF).store(y.to(out.dtype).permute((1, 0)))
+            fence_async_shared()
+            _store(out, [tile_m * BLOCK_M, tile_n * BLOCK_N + HALF * ROWS], out_tiles.index(HALF))
     tma.store_wait(0)
 
 
@@ -184,6 +278,8 @@ def hopper_linear_kernel(
     weight_scale_ptr,  # [N] fp32
     bias_ptr,  # [P, N] fp32, or None
     type_ptr,  # [M] int, or None: all tokens are DEFAULT_TYPE
+    partial_ptr,  # [tiles, 2, SPLIT_K, BLOCK_N / 2, BLOCK_M] int32, or None if K is not split
+    counter_ptr,  # [tiles, 2] int32 of zeros, which it leaves as such, or None
     M,
     N,
     num_even,
@@ -194,8 +290,10 @@ def hopper_linear_kernel(
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     GROUP_M: gl.constexpr,
+    SPLIT_K: gl.constexpr,
     num_warps: gl.constexpr,
 ):
+    allow_next_kernel()
     codes_ring = gl.allocate_shared_memory(
         codes.dtype, [2 * STAGES, BLOCK_M, BLOCK_K], codes.layout
     )
@@ -218,6 +316,8 @@ def hopper_linear_kernel(
                     weight_scale_ptr,
                     bias_ptr,
                     type_ptr,
+                    partial_ptr,
+                    counter_ptr,
                     codes_ring,
                     weight_ring,
                     out_tiles,
@@ -231,6 +331,7 @@ def hopper_linear_kernel(
                     DEFAULT_TYPE,
                     NUM_TYPES,
                     GROUP_M,
+                    SPLIT_K,
                     0,
                 ),
             ),
@@ -242,6 +343,8 @@ def hopper_linear_kernel(
                     weight_scale_ptr,
                     bias_ptr,
                     type_ptr,
+                    partial_ptr,
+                    counter_ptr,
                     codes_ring,
                     weight_ring,
                     out_tiles,
@@ -255,6 +358,7 @@ def hopper_linear_kernel(
                     DEFAULT_TYPE,
                     NUM_TYPES,
                     GROUP_M,
+                    SPLIT_K,
                     1,
                 ),
             ),
@@ -271,6 +375,7 @@ def hopper_linear_kernel(
                     num_n,
                     num_even,
                     GROUP_M,
+                    SPLIT_K,
                 ),
             ),
         ],
@@ -321,7 +426,12 @@ def hopper_linear(
     tile = tile or choose_hopper_tile(num_tokens, num_outputs, num_codes, num_programs)
     of_codes, of_weight, of_out = layouts(tile, dtype)
     tiles = triton.cdiv(num_tokens, tile.block_m) * triton.cdiv(num_outputs, tile.block_n)
-    hopper_linear_kernel[(min(tiles, num_programs),)](
+    partial = counter = None
+    if tile.split_k > 1:
+        size = tiles * tile.split_k * tile.block_m * tile.block_n
+        partial = torch.empty(size, dtype=torch.int32, device=codes.device)
+        counter = counters(codes.device, 2 * tiles)
+    hopper_linear_kernel[(min(tiles * tile.split_k, num_programs),)](
         TensorDescriptor.from_tensor(codes, [tile.block_m, tile.block_k], of_codes),
         TensorDescriptor.from_tensor(
             weight.view(torch.int8), [tile.block_n, tile.block_k], of_weight
@@ -331,6 +441,8 @@ def hopper_linear(
         weight_scale,
         bias_table,
         token_type,
+        partial,
+        counter,
         num_tokens,
         num_outputs,
         num_codes // 2,
@@ -341,8 +453,10 @@ def hopper_linear(
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         GROUP_M=tile.group_m,
+        SPLIT_K=tile.split_k,
         num_warps=tile.num_warps,
         enable_fp_fusion=True,
+        launch_pdl=True,
     )
     return out
 

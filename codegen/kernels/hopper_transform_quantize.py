@@ -1,10 +1,14 @@
-"""``transform_quantize`` for Hopper, written for its warp groups (Gluon): the same arithmetic, one slice.
+"""``transform_quantize`` for Hopper, written for its warp groups (Gluon): codes of 4 bits, one slice.
 
 A program works on one token at a time; several programs on a multiprocessor wait for each other's loads, which is why
 registers are few: ``HopperTransformTile.registers``. ``Z = (L^T X) R``: both factors stay in shared memory for all
 tokens, and a token goes through it; what the first product leaves in registers is the left operand of the second. The
 rows of X are taken in one or two powers of two (96 = 64 + 32), so that no product is over padding alone. The prologue
 (norm or activation) is that of ``transform_prologue``.
+
+Why bf16 where the portable kernel has fp16: it needs no search for the largest magnitude of a token, and two values
+share an instruction. This kernel waits for instructions, not for memory, and 2^-9 of a value is far below the
+distance of two of 15 codes; codes of 8 bits would see it.
 """
 
 from __future__ import annotations
@@ -25,19 +29,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from freeact_fx.codegen.prologue import NO_PROLOGUE, Prologue
 from freeact_fx.codegen.tiles import HopperTransformTile, hopper_transform_tile
 
+from .launch import allow_next_kernel, wait_for_previous_kernel
 from .transform_quantize import rows_in_memory
 
 SMALLEST = gl.constexpr(1e-30)
 # Triton 3.9 has a new name for it.
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-TIES_TO_EVEN = gl.constexpr(12582912.0)  # as in transform_quantize
-
-
-@gluon.jit
-def largest_magnitude(tile):
-    """As in ``transform_quantize``: NaN if the tile holds one."""
-    bits = tile.to(gl.int32, bitcast=True) & 0x7FFFFFFF
-    return gl.max(gl.max(bits, 1), 0).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
@@ -46,25 +43,122 @@ def larger(one, other):
 
 
 @gluon.jit
+def minus(one, other):
+    return gl.inline_asm_elementwise(
+        "sub.rn.bf16x2 $0, $1, $2;", "=r,r,r", [one, other], dtype=gl.bfloat16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def times(one, other):
+    return gl.inline_asm_elementwise(
+        "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [one, other], dtype=gl.bfloat16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def times_plus(one, other, third):
+    return gl.inline_asm_elementwise(
+        "fma.rn.bf16x2 $0, $1, $2, $3;",
+        "=r,r,r,r",
+        [one, other, third],
+        dtype=gl.bfloat16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.jit
+def larger_magnitude(one, other):
+    """As a modifier of its operands a magnitude costs nothing."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .f32 a, b;
+        abs.f32 a, $1;
+        abs.f32 b, $2;
+        max.f32 $0, a, b;
+        }""",
+        "=f,f,f",
+        [one, other],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def to_codes(z, per_unit, QMAX: gl.constexpr):
+    """``z * 2 * QMAX * per_unit`` to the nearest integers in [-QMAX, QMAX].
+
+    Saturation is free where it is to [0, 1]; what is then added makes the low byte of an fp32 the integer.
+    """
+    gl.static_assert(QMAX == 7)
+    # 0.5, 14, and 1.5 * 2^23 - 7
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .f32 a, b, c, d;
+        .reg .b32 low, high;
+        fma.rn.sat.f32 a, $1, $5, 0f3F000000;
+        fma.rn.sat.f32 b, $2, $6, 0f3F000000;
+        fma.rn.sat.f32 c, $3, $7, 0f3F000000;
+        fma.rn.sat.f32 d, $4, $8, 0f3F000000;
+        fma.rn.f32 a, a, 0f41600000, 0f4B3FFFF9;
+        fma.rn.f32 b, b, 0f41600000, 0f4B3FFFF9;
+        fma.rn.f32 c, c, 0f41600000, 0f4B3FFFF9;
+        fma.rn.f32 d, d, 0f41600000, 0f4B3FFFF9;
+        prmt.b32 low, a, b, 0x0040;
+        prmt.b32 high, c, d, 0x0040;
+        prmt.b32 $0, low, high, 0x5410;
+        }""",
+        "=r,r,r,r,r,r,r,r,r",
+        [z, per_unit],
+        dtype=gl.int8,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.jit
+def sigmoid(x):
+    """In approximate functions of the chip, exact to about 2^-21."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .f32 e;
+        mul.f32 e, $1, 0fBFB8AA3B;
+        ex2.approx.ftz.f32 e, e;
+        add.f32 e, e, 0f3F800000;
+        rcp.approx.ftz.f32 $0, e;
+        }""",
+        "=f,f",
+        [x],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
 def activation(x, KIND: gl.constexpr):
     """As in ``transform_prologue``."""
     if KIND == "gelu":
         return 0.5 * x * (1.0 + gl.erf(x * 0.7071067811865476))
     elif KIND == "gelu_tanh":
-        return x / (1.0 + gl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+        return x * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     else:
-        return x / (1.0 + gl.exp(-x))
+        return x * sigmoid(x)
 
 
 @gluon.jit
-def mean_of(tile, COUNT: gl.constexpr):
-    return gl.sum(gl.sum(tile, 1), 0) / COUNT
+def sum_of(tile):
+    """First over what a thread holds of a row: each sum over threads takes time."""
+    by_thread = gl.sum(gl.reshape(tile, (tile.shape[0], tile.shape[1] // 8, 8)), 2)
+    return gl.sum(gl.sum(by_thread, 0), 0)
 
 
 @gluon.jit
-def half_tile(ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], gl.float16)
-    return gl.allocate_shared_memory(gl.float16, [ROWS, COLUMNS], layout)
+def bf16_tile(ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], gl.bfloat16)
+    return gl.allocate_shared_memory(gl.bfloat16, [ROWS, COLUMNS], layout)
 
 
 @gluon.jit
@@ -90,6 +184,71 @@ def fetch_row(row_ptr, SIZE: gl.constexpr, K: gl.constexpr, num_warps: gl.conste
         is_pure=False,
         pack=1,
     )
+
+
+@gluon.jit
+def place_of(
+    FIRST: gl.constexpr,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    D1: gl.constexpr,
+    D2: gl.constexpr,
+    layout: gl.constexpr,
+):
+    """Where some rows of a tile are in a row of memory, and which of them there are."""
+    row = FIRST + gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
+    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
+    return row * D2 + column, (row < D1) & (column < D2)
+
+
+@gluon.jit
+def load_channels(ptr, place, OFFSET: gl.constexpr):
+    """OFFSET plus one value for each channel of a piece of a token, in bf16."""
+    offset, inside = place
+    return (OFFSET + gl.load(ptr + offset, inside, 0.0).to(gl.float32)).to(gl.bfloat16)
+
+
+@gluon.jit
+def load_token(x_row, other_row, total_row, place, PROLOGUE: gl.constexpr):
+    """A piece of a token, plus its residual or through its activation function."""
+    offset, inside = place
+    x = gl.load(x_row + offset, inside, 0.0)
+    if total_row is not None:
+        other = gl.load(other_row + offset, inside, 0.0).to(gl.float32)
+        x = (x.to(gl.float32) + other).to(total_row.dtype.element_ty)
+        gl.store(total_row + offset, x, inside)
+    elif PROLOGUE != "none" and PROLOGUE != "rms" and PROLOGUE != "layer":
+        x = activation(x.to(gl.float32), PROLOGUE)
+        if other_row is not None:
+            x *= gl.load(other_row + offset, inside, 0.0).to(gl.float32)
+    return x
+
+
+@gluon.jit
+def centred(x, mean, place):
+    _, inside = place
+    return gl.where(inside, x.to(gl.float32) - mean, 0.0)
+
+
+@gluon.jit
+def prepared(x, inverse, weight, bias, shift_row, channel_scale, place):
+    """What is transformed of a piece of a token, in bf16: normed, minus the shift of its type, scaled."""
+    if inverse is not None:
+        x = x.to(gl.float32) * inverse
+    x = x.to(gl.bfloat16)
+    if bias is not None:
+        if weight is not None:
+            x = times_plus(x, weight, bias)
+        else:
+            x += bias
+    elif weight is not None:
+        x = times(x, weight)
+    if shift_row is not None:
+        offset, inside = place
+        x = minus(x, gl.load(shift_row + offset, inside, 0.0).to(gl.bfloat16))
+    if channel_scale is not None:
+        x = times(x, channel_scale)
+    return x
 
 
 @gluon.jit
@@ -125,6 +284,7 @@ def hopper_transform_quantize_kernel(
     num_warps: gl.constexpr,
 ):
     K: gl.constexpr = D1 * D2
+    IS_NORM: gl.constexpr = PROLOGUE == "rms" or PROLOGUE == "layer"
     PER_ROW: gl.constexpr = COLUMNS // 8 if COLUMNS < 256 else 32
     tokens: gl.constexpr = gl.BlockedLayout(
         [1, 8], [32 // PER_ROW, PER_ROW], [num_warps, 1], [1, 0]
@@ -133,30 +293,47 @@ def hopper_transform_quantize_kernel(
         version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, COLUMNS, 16]
     )
     left_operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma, k_width=2)
-    token_tile = half_tile(ROWS, COLUMNS)
-    right_tile = half_tile(COLUMNS, COLUMNS)
-    left_tile_a = half_tile(ROWS, IN_A)
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, tokens))[:, None]
-    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, tokens))[None, :]
-    inside = (row < D1) & (column < D2)
-    offset = row * D2 + column
-    # Both factors, in units of their largest magnitude.
+    allow_next_kernel()
+    # What does not depend on the kernel before: both factors, and the vectors over channels. The rows of L and of X are
+    # in pieces A and B.
+    right_tile = bf16_tile(COLUMNS, COLUMNS)
     right_row = gl.arange(0, COLUMNS, gl.SliceLayout(1, tokens))[:, None]
-    right = gl.load(right_ptr + right_row * D2 + column, (right_row < D2) & (column < D2), 0.0)
-    right_unit = larger(largest_magnitude(right), SMALLEST)
-    right_tile.store((right * (1 / right_unit)).to(gl.float16))
-    out = gl.arange(0, ROWS, gl.SliceLayout(1, tokens))[:, None]
-    in_a = gl.arange(0, IN_A, gl.SliceLayout(0, tokens))[None, :]
-    left_a = gl.load(left_ptr + in_a * D1 + out, (out < D1) & (in_a < D1), 0.0)
-    left_unit = larger(largest_magnitude(left_a), SMALLEST)
+    right_column = gl.arange(0, COLUMNS, gl.SliceLayout(0, tokens))[None, :]
+    right_inside = (right_row < D2) & (right_column < D2)
+    right = gl.load(right_ptr + right_row * D2 + right_column, right_inside, 0.0)
+    right_tile.store(right.to(gl.bfloat16))
+    left_column = gl.arange(0, ROWS, gl.SliceLayout(0, tokens))[None, :]
+    left_a_row = gl.arange(0, IN_A, gl.SliceLayout(1, tokens))[:, None]
+    left_a_inside = (left_a_row < D1) & (left_column < D1)
+    left_a = gl.load(left_ptr + left_a_row * D1 + left_column, left_a_inside, 0.0)
+    left_tile_a = bf16_tile(IN_A, ROWS)
+    left_tile_a.store(left_a.to(gl.bfloat16))
+    token_tile_a = bf16_tile(IN_A, COLUMNS)
+    place_a = place_of(0, IN_A, COLUMNS, D1, D2, tokens)
+    weight_a, bias_a, channel_scale_a = weight_ptr, bias_ptr, channel_scale_ptr
+    if weight_ptr is not None:
+        weight_a = load_channels(weight_ptr, place_a, WEIGHT_OFFSET)
+    if bias_ptr is not None:
+        bias_a = load_channels(bias_ptr, place_a, 0.0)
+    if channel_scale_ptr is not None:
+        channel_scale_a = load_channels(channel_scale_ptr, place_a, 0.0)
     if IN_B > 0:
-        in_b = IN_A + gl.arange(0, IN_B, gl.SliceLayout(0, tokens))[None, :]
-        left_b = gl.load(left_ptr + in_b * D1 + out, (out < D1) & (in_b < D1), 0.0)
-        left_unit = larger(left_unit, largest_magnitude(left_b))
-        left_tile_b = half_tile(ROWS, IN_B)
-        left_tile_b.store((left_b * (1 / left_unit)).to(gl.float16))
-    left_tile_a.store((left_a * (1 / left_unit)).to(gl.float16))
-    # Not a for: out of one the compiler moves loads of channel scales, which then fill the registers.
+        left_b_row = IN_A + gl.arange(0, IN_B, gl.SliceLayout(1, tokens))[:, None]
+        left_b_inside = (left_b_row < D1) & (left_column < D1)
+        left_b = gl.load(left_ptr + left_b_row * D1 + left_column, left_b_inside, 0.0)
+        left_tile_b = bf16_tile(IN_B, ROWS)
+        left_tile_b.store(left_b.to(gl.bfloat16))
+        token_tile_b = bf16_tile(IN_B, COLUMNS)
+        place_b = place_of(IN_A, IN_B, COLUMNS, D1, D2, tokens)
+        weight_b, bias_b, channel_scale_b = weight_ptr, bias_ptr, channel_scale_ptr
+        if weight_ptr is not None:
+            weight_b = load_channels(weight_ptr, place_b, WEIGHT_OFFSET)
+        if bias_ptr is not None:
+            bias_b = load_channels(bias_ptr, place_b, 0.0)
+        if channel_scale_ptr is not None:
+            channel_scale_b = load_channels(channel_scale_ptr, place_b, 0.0)
+    wait_for_previous_kernel()
+    # Not a for: out of one the compiler moves loads, which then fill the registers.
     token = gl.program_id(0).to(gl.int64)
     next_type = type_of(type_ptr, gl.minimum(token, M - 1), DEFAULT_TYPE, NUM_TYPES)
     while token < M:
@@ -166,55 +343,60 @@ def hopper_transform_quantize_kernel(
         token_type = next_type
         next_type = type_of(type_ptr, next_token, DEFAULT_TYPE, NUM_TYPES)
         fetch_row(x_ptr + next_token * x_stride, ROWS * COLUMNS, K, num_warps)
+        other_row, total_row, shift_row = other_ptr, total_ptr, shift_ptr
         if other_ptr is not None:
             fetch_row(other_ptr + next_token * other_stride, ROWS * COLUMNS, K, num_warps)
-        clip = gl.load(clip_ptr + token_type)
-        x = gl.load(x_ptr + token * x_stride + offset, inside, 0.0).to(gl.float32)
-        if other_ptr is not None:
-            other = gl.load(other_ptr + token * other_stride + offset, inside, 0.0).to(gl.float32)
-        # The token as its prologue leaves it.
+            other_row += token * other_stride
         if total_ptr is not None:
-            total = (x + other).to(total_ptr.dtype.element_ty)
-            gl.store(total_ptr + token * K + offset, total, inside)
-            x = total.to(gl.float32)
-        elif PROLOGUE != "none" and PROLOGUE != "rms" and PROLOGUE != "layer":
-            x = activation(x, PROLOGUE)
-            if other_ptr is not None:
-                x *= other
-        if PROLOGUE == "layer":
-            x = gl.where(inside, x - mean_of(x, K), 0.0)
-        if PROLOGUE == "rms" or PROLOGUE == "layer":
-            x *= gl.rsqrt(mean_of(x * x, K) + EPS)
-            if weight_ptr is not None:
-                x *= WEIGHT_OFFSET + gl.load(weight_ptr + offset, inside, 0.0).to(gl.float32)
-            if bias_ptr is not None:
-                x += gl.load(bias_ptr + offset, inside, 0.0).to(gl.float32)
-        # Shift and scale; then in units of the largest magnitude, so that fp16 holds it.
+            total_row += token * K
         if shift_ptr is not None:
-            x -= gl.load(shift_ptr + token_type * K + offset, inside, 0.0).to(gl.float32)
-        if channel_scale_ptr is not None:
-            x *= gl.load(channel_scale_ptr + offset, inside, 0.0)
-        unit = larger(largest_magnitude(x), SMALLEST)
-        token_tile.store((x * (1 / unit)).to(gl.float16))
+            shift_row += token_type * K
+        clip = gl.load(clip_ptr + token_type)
+        # The token as its prologue leaves it.
+        x_row = x_ptr + token * x_stride
+        x_a = load_token(x_row, other_row, total_row, place_a, PROLOGUE)
+        if IN_B > 0:
+            x_b = load_token(x_row, other_row, total_row, place_b, PROLOGUE)
+        if PROLOGUE == "layer":
+            mean = sum_of(x_a.to(gl.float32))
+            if IN_B > 0:
+                mean += sum_of(x_b.to(gl.float32))
+                x_b = centred(x_b, mean / K, place_b)
+            x_a = centred(x_a, mean / K, place_a)
+        inverse = None
+        if IS_NORM:
+            variance = sum_of(x_a.to(gl.float32) * x_a.to(gl.float32))
+            if IN_B > 0:
+                variance += sum_of(x_b.to(gl.float32) * x_b.to(gl.float32))
+            inverse = gl.rsqrt(variance / K + EPS)
+        token_tile_a.store(
+            prepared(x_a, inverse, weight_a, bias_a, shift_row, channel_scale_a, place_a)
+        )
+        if IN_B > 0:
+            token_tile_b.store(
+                prepared(x_b, inverse, weight_b, bias_b, shift_row, channel_scale_b, place_b)
+            )
         fence_async_shared()
         _barrier()
-        # Z = (L^T X) R: fp16 operands, fp32 sums.
+        # Z = (L^T X) R: bf16 operands, fp32 sums.
         y = gl.zeros((ROWS, COLUMNS), gl.float32, mma)
-        y = warpgroup_mma(left_tile_a, token_tile.slice(0, IN_A), y, use_acc=False, is_async=True)
+        y = warpgroup_mma(
+            left_tile_a.permute((1, 0)), token_tile_a, y, use_acc=False, is_async=True
+        )
         if IN_B > 0:
-            y = warpgroup_mma(left_tile_b, token_tile.slice(IN_A, IN_B), y, is_async=True)
+            y = warpgroup_mma(left_tile_b.permute((1, 0)), token_tile_b, y, is_async=True)
         y = warpgroup_mma_wait(num_outstanding=0, deps=(y,))
-        y16 = gl.convert_layout(y.to(gl.float16), left_operand)
+        y16 = gl.convert_layout(y.to(gl.bfloat16), left_operand)
         z = gl.zeros((ROWS, COLUMNS), gl.float32, mma)
         z = warpgroup_mma(y16, right_tile, z, use_acc=False, is_async=True)
         z = warpgroup_mma_wait(num_outstanding=0, deps=(z,))
-        # Grid of the token, and its codes: even columns of all rows, then the odd ones.
-        per_code = larger(largest_magnitude(z) * clip / QMAX, SMALLEST)
-        gl.store(scale_ptr + token, larger(per_code * unit * left_unit * right_unit, SMALLEST))
-        grid = gl.minimum(gl.maximum(z * (1 / per_code), -QMAX), QMAX)
-        # The low byte of such a sum is the integer.
-        codes = (grid + TIES_TO_EVEN).to(gl.int32, bitcast=True).to(gl.int8)
-        even, odd = gl.split(gl.reshape(codes, (ROWS, COLUMNS // 2, 2)))
+        # Grid of the token, and its codes: even columns of all rows, then the odd ones. A NaN or an infinity in x is in
+        # all of Z.
+        even, odd = gl.split(gl.reshape(z, (ROWS, COLUMNS // 2, 2)))
+        largest = gl.max(gl.max(larger_magnitude(even, odd), 1), 0)
+        per_code = larger(largest * clip / QMAX, SMALLEST)
+        gl.store(scale_ptr + token, per_code)
+        per_unit = 1 / (2 * QMAX * per_code)
         PAIRS_PER_ROW: gl.constexpr = COLUMNS // 32 if COLUMNS >= 32 else 1
         stored: gl.constexpr = gl.BlockedLayout(
             [1, 16], [32 // PAIRS_PER_ROW, PAIRS_PER_ROW], [num_warps, 1], [1, 0]
@@ -223,8 +405,8 @@ def hopper_transform_quantize_kernel(
         pair = gl.arange(0, COLUMNS // 2, gl.SliceLayout(0, stored))[None, :]
         target = codes_ptr + token * K + pair_row * (D2 // 2) + pair
         here = (pair_row < D1) & (pair < D2 // 2)
-        gl.store(target, gl.convert_layout(even, stored), here)
-        gl.store(target + K // 2, gl.convert_layout(odd, stored), here)
+        gl.store(target, gl.convert_layout(to_codes(even, per_unit, QMAX), stored), here)
+        gl.store(target + K // 2, gl.convert_layout(to_codes(odd, per_unit, QMAX), stored), here)
         token += gl.num_programs(0)
 
 
@@ -287,6 +469,7 @@ def hopper_transform_quantize(
         num_warps=tile.num_warps,
         maxnreg=tile.registers,
         enable_fp_fusion=True,
+        launch_pdl=True,
     )
     return codes, scale
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prologue_bound import exact_row
+from random_prologues import random_prologue
 from random_transforms import random_transform
 from torch import Tensor, nn
 from transform_bound import codes_of
@@ -16,6 +18,8 @@ import freeact_fx
 from freeact_fx import QuantConfig, TokenTypes, reference
 from freeact_fx.codegen import engine_ops
 from freeact_fx.codegen.engine_ops import to_engine_order, to_plain_order
+from freeact_fx.codegen.prologue import NO_PROLOGUE, Prologue
+from freeact_fx.codegen.tiles import TileConfig, hopper_tiles, hopper_transform_tile
 from freeact_fx.reference import pack_int4
 from freeact_fx.transform import GroupTransform
 
@@ -23,11 +27,24 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
+if torch.cuda.is_available():
+    from freeact_fx.codegen.kernels.hopper_int_mm import hopper_linear
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 needs_hopper = pytest.mark.skipif(not HOPPER, reason="for Hopper alone")
 NUM_TYPES = 2
 GPU = torch.device("cuda")
 ops = torch.ops.freeact
+KINDS = [
+    "none",
+    "rms",
+    "rms of a sum",
+    "layer",
+    "layer of a sum",
+    "silu",
+    "silu alone",
+    "gelu",
+    "gelu_tanh",
+]
 
 
 def random_codes(*shape: int, largest: int) -> Tensor:
@@ -124,11 +141,39 @@ def test_hopper_linear(
 
 
 @needs_hopper
-def test_hopper_linear_again_and_again() -> None:
-    """A race between its warps would show as a result that differs from run to run."""
-    codes = to_engine_order(random_codes(4096, 4096, largest=7)).to(GPU)
+@pytest.mark.parametrize("num_tokens", [1, 48, 200])
+@pytest.mark.parametrize("tile", [tile for tile, _ in hopper_tiles(4096)], ids=str)
+def test_every_tile_of_the_hopper_linear(tile: TileConfig, num_tokens: int) -> None:
+    """Small integers, so that the outputs are exact; K is split among programs in some."""
+    codes, weight_i4 = (random_codes(n, 4096, largest=1) for n in (num_tokens, 400))
+    codes[:, 60:] *= torch.rand(codes[:, 60:].shape) < 0.02
+    ones = torch.ones(num_tokens, device=GPU), torch.ones(400, device=GPU)
+    weight = pack_int4(weight_i4).to(GPU)
+    table = torch.arange(400.0, device=GPU)[None] % 8
+    for _ in range(3):  # each leaves the counters as zeros
+        got = hopper_linear(
+            to_engine_order(codes).to(GPU),
+            ones[0],
+            weight,
+            ones[1],
+            table,
+            None,
+            0,
+            torch.bfloat16,
+            tile,
+        )
+        want = exact_product(codes, weight_i4) + table
+        assert int(want.abs().max()) <= 256
+        assert torch.equal(got.double(), want)
+
+
+@needs_hopper
+@pytest.mark.parametrize("num_tokens", [16, 256, 4096])
+def test_hopper_linear_again_and_again(num_tokens: int) -> None:
+    """A race between its warps or programs would show as a result that differs from run to run."""
+    codes = to_engine_order(random_codes(num_tokens, 4096, largest=7)).to(GPU)
     weight = pack_int4(random_codes(4096, 4096, largest=7)).to(GPU)
-    scale, weight_scale = torch.rand(4096, 1, device=GPU), torch.rand(4096, device=GPU)
+    scale, weight_scale = torch.rand(num_tokens, 1, device=GPU), torch.rand(4096, device=GPU)
     args = (codes, scale, weight, weight_scale, None, None, 0, torch.bfloat16)
     first = engine_ops.engine_linear(*args)
     for _ in range(50):
@@ -138,14 +183,48 @@ def test_hopper_linear_again_and_again() -> None:
 # ------------------------------------------------------------------ the transform
 
 
-def on_gpu(t: GroupTransform, x: Tensor, types: Tensor | None, qmax: int) -> tuple[Tensor, Tensor]:
+def on_gpu(
+    t: GroupTransform,
+    x: Tensor,
+    types: Tensor | None,
+    qmax: int,
+    prologue: Prologue = NO_PROLOGUE,
+) -> tuple[Tensor, Tensor]:
+    """Codes in plain order, and scale; fills ``total``."""
     moved = t.to(GPU)
     operands = (moved.shift, moved.channel_scale, moved.left, moved.right, moved.clip)
     static = (list(t.widths), list(t.slice_of_type), 1, qmax)
-    codes, scale = engine_ops.engine_transform_quantize(
-        x.to(GPU), None if types is None else types.to(GPU), *operands, *static
+    names = ("other", "weight", "bias", "total")
+    there = {n: v.to(GPU) for n in names if (v := getattr(prologue, n)) is not None}
+    codes, scale = engine_ops.run_transform(
+        x.to(GPU),
+        replace(prologue, **there),
+        None if types is None else types.to(GPU),
+        *operands,
+        *static,
     )
+    if prologue.total is not None:
+        prologue.total.copy_(there["total"])
     return to_plain_order(codes).cpu(), scale.cpu()
+
+
+def check(
+    t: GroupTransform, x: Tensor, prologue: Prologue, types: Tensor | None, qmax: int
+) -> Tensor | None:
+    """Codes are those that the kernel's rounding allows, and few of them are not the reference's; returns ``total``."""
+    codes, scale = on_gpu(t, x, types, qmax, prologue)
+    row, error = exact_row(x, prologue)
+    tile = hopper_transform_tile(t.left.shape[0], t.right.shape[-1], prologue.kind)
+    is_square = len(t.widths) == 1 and t.left.shape[0] == t.left.shape[1]
+    in_bf16 = HOPPER and is_square and tile is not None and qmax == 7
+    codes_of(t, row, types, 1, qmax, error, in_bf16=in_bf16).check(codes, scale)
+    operands = (t.shift, t.channel_scale, t.left, t.right, t.clip)
+    wide = [None if o is None else o.double() for o in operands]
+    exact, *_ = reference.transform_quantize(
+        row, types, *wide, None, t.widths, t.slice_of_type, 1, 0, qmax
+    )
+    assert float((codes != exact).float().mean()) < (0.02 if qmax == 7 else 0.1)
+    return prologue.total
 
 
 @pytest.mark.parametrize("qmax", [7, 127])
@@ -161,7 +240,22 @@ def test_transform(num_features: int, plan: str, typed: bool, qmax: int) -> None
     x = torch.randn(37, num_features).bfloat16()
     x[:, 3] *= 50
     types = torch.randint(-1, NUM_TYPES + 1, (37,), dtype=torch.int32) if typed else None
-    codes_of(t, x, types, 1, qmax).check(*on_gpu(t, x, types, qmax))
+    check(t, x, NO_PROLOGUE, types, qmax)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_features", [576, 3584, 4096, 8192, 11008, 12288, 14336])
+def test_transform_with_what_precedes_it(num_features: int, kind: str) -> None:
+    t = random_transform("shift", num_features, NUM_TYPES, seed=1)
+    assert t.shift is not None
+    t = replace(t, shift=t.shift.bfloat16())
+    x = torch.randn(37, num_features).bfloat16()
+    types = torch.randint(-1, NUM_TYPES + 1, (37,), dtype=torch.int32)
+    prologue = random_prologue(kind, x)
+    total = check(t, x, prologue, types, 7)
+    if prologue.total is not None:
+        assert prologue.other is not None
+        assert torch.equal(total, x + prologue.other)
 
 
 @pytest.mark.parametrize("num_features", [48, 4096, 12288])

@@ -12,6 +12,7 @@ from freeact_fx.transform import GroupTransform
 
 FP16_ROUNDING = 2.0**-11
 FP16_SMALLEST = 2.0**-25  # half the distance of subnormals
+BF16_ROUNDING = 2.0**-9
 FP32_ROUNDING = 2.0**-24
 
 
@@ -40,11 +41,14 @@ def codes_of(
     default_type: int,
     qmax: int,
     x_error: Tensor | None = None,
+    *,
+    in_bf16: bool = False,
 ) -> Bounds:
     """Bounds on the codes of x [M, K]: in the kernel the token, both factors and the half-way result are fp16, in
     units of the largest magnitude of each, and sums are fp32.
 
     x_error  [M, K]: how far the kernel's x may be from x
+    in_bf16  the kernel for Hopper, where all that is bf16, each step of a token's way there too
     """
     t = transform
     d1, d2 = t.left.shape[0], t.right.shape[-1]
@@ -62,6 +66,10 @@ def codes_of(
         # The shift is one more rounding, of numbers that may be larger than what it leaves.
         moved = x_error + FP32_ROUNDING * (x.double().abs() + abs(shift))
         largest = token + (moved * abs(channel_scale)).view(-1, d1, d2)
+    if in_bf16:
+        # x, its norm and the norm's weight, weight and norm together, the shift; difference, scale, product.
+        moved = BF16_ROUNDING * (4 * x.double().abs() + abs(shift)) * abs(channel_scale)
+        largest = (largest + moved.view(-1, d1, d2)) * (1 + BF16_ROUNDING) ** 3
     index = reference.slice_of_token(types, t.slice_of_type, default_type)
     index = torch.as_tensor(index).expand(x.shape[0])
     starts = torch.tensor([0, *t.widths]).cumsum(0)
@@ -70,8 +78,13 @@ def codes_of(
         first, last = int(starts[index[m]]), int(starts[index[m] + 1])
         left, right = t.left[:, first:last].double().abs().t(), t.right[index[m]].double().abs()
         units = [part.max() for part in (left, largest[m], right)]
-        half = rounded(rounded(left, units[0]) @ rounded(largest[m], units[1]), units[0] * units[1])
-        most = half @ rounded(right, units[2]) * (1 + (d1 + d2 + 8) * FP32_ROUNDING)
+        if in_bf16:
+            half = left @ largest[m] * (1 + BF16_ROUNDING) ** 2
+            most = half @ right * (1 + BF16_ROUNDING)
+        else:
+            half = rounded(left, units[0]) @ rounded(largest[m], units[1])
+            most = rounded(half, units[0] * units[1]) @ rounded(right, units[2])
+        most = most * (1 + (d1 + d2 + 8) * FP32_ROUNDING)
         error[m, first * d2 : last * d2] = (most - left @ token[m] @ right).flatten()
     clip = reference.rows_of_type(t.clip, types, default_type).double().unsqueeze(-1)
     scale = exact.abs().amax(-1, keepdim=True) * clip / qmax
