@@ -28,6 +28,7 @@ class TileConfig:
     num_stages  steps whose operands are in shared memory at a time
     group_m     neighbouring token tiles that share a weight tile in the L2 cache
     split_k     programs that share the K of one tile; their partial sums are added afterwards
+    programs    that a multiprocessor has room for at a time; of the kernel for Hopper, which is written for that
     """
 
     block_m: int
@@ -37,6 +38,7 @@ class TileConfig:
     num_stages: int = 3
     group_m: int = 8
     split_k: int = 1
+    programs: int = 1
 
     @property
     def shared_bytes(self) -> int:
@@ -109,8 +111,10 @@ _HOPPER_TILES = (
     (TileConfig(128, 256, 64, num_warps=4, num_stages=5, group_m=16), 1.0),
     (TileConfig(128, 128, 64, num_warps=4, num_stages=6, group_m=16), 0.9),
     (TileConfig(64, 128, 128, num_warps=4, num_stages=5, group_m=16), 0.75),
-    (TileConfig(64, 128, 64, num_warps=4, num_stages=7, group_m=16), 0.65),
+    (TileConfig(64, 128, 128, num_warps=4, num_stages=3, group_m=16, programs=2), 0.75),
+    (TileConfig(64, 128, 64, num_warps=4, num_stages=6, group_m=16, programs=2), 0.65),
     (TileConfig(16, 128, 128, num_warps=4, num_stages=6, group_m=16), 0.25),
+    (TileConfig(16, 128, 128, num_warps=4, num_stages=5, group_m=16, programs=2), 0.25),
 )
 _SPLITS = (1, 2, 4, 8)
 # Microseconds on an H100: a tile of 128 x 256 over 4096 codes; what a program spends besides on a part of a tile, and

@@ -209,18 +209,24 @@ def load_channels(ptr, place, OFFSET: gl.constexpr):
 
 
 @gluon.jit
-def load_token(x_row, other_row, total_row, place, PROLOGUE: gl.constexpr):
+def load_once(row, place):
+    """Past the L1 cache, which is for what all tokens need: shifts."""
+    offset, inside = place
+    return gl.load(row + offset, inside, 0.0, cache_modifier=".cg")
+
+
+@gluon.jit
+def begun(x, other_row, total_row, place, PROLOGUE: gl.constexpr):
     """A piece of a token, plus its residual or through its activation function."""
     offset, inside = place
-    x = gl.load(x_row + offset, inside, 0.0)
     if total_row is not None:
-        other = gl.load(other_row + offset, inside, 0.0).to(gl.float32)
+        other = load_once(other_row, place).to(gl.float32)
         x = (x.to(gl.float32) + other).to(total_row.dtype.element_ty)
         gl.store(total_row + offset, x, inside)
     elif PROLOGUE != "none" and PROLOGUE != "rms" and PROLOGUE != "layer":
         x = activation(x.to(gl.float32), PROLOGUE)
         if other_row is not None:
-            x *= gl.load(other_row + offset, inside, 0.0).to(gl.float32)
+            x *= load_once(other_row, place).to(gl.float32)
     return x
 
 
@@ -335,14 +341,17 @@ def hopper_transform_quantize_kernel(
     wait_for_previous_kernel()
     # Not a for: out of one the compiler moves loads, which then fill the registers.
     token = gl.program_id(0).to(gl.int64)
-    next_type = type_of(type_ptr, gl.minimum(token, M - 1), DEFAULT_TYPE, NUM_TYPES)
+    next_token = gl.minimum(token, M - 1)
+    next_type = type_of(type_ptr, next_token, DEFAULT_TYPE, NUM_TYPES)
+    next_a = load_once(x_ptr + next_token * x_stride, place_a)
+    if IN_B > 0:
+        next_b = load_once(x_ptr + next_token * x_stride, place_b)
     while token < M:
-        # Where the shift of a token is depends on its type, so that is loaded a token ahead; what will be read from
-        # DRAM is fetched as far as the L2 cache.
+        # What comes from DRAM is under way a token ahead: x, and its type, which says where the shift is, in registers,
+        # the rest as far as the L2 cache.
         next_token = gl.minimum(token + gl.num_programs(0), M - 1)
         token_type = next_type
         next_type = type_of(type_ptr, next_token, DEFAULT_TYPE, NUM_TYPES)
-        fetch_row(x_ptr + next_token * x_stride, ROWS * COLUMNS, K, num_warps)
         other_row, total_row, shift_row = other_ptr, total_ptr, shift_ptr
         if other_ptr is not None:
             fetch_row(other_ptr + next_token * other_stride, ROWS * COLUMNS, K, num_warps)
@@ -353,10 +362,9 @@ def hopper_transform_quantize_kernel(
             shift_row += token_type * K
         clip = gl.load(clip_ptr + token_type)
         # The token as its prologue leaves it.
-        x_row = x_ptr + token * x_stride
-        x_a = load_token(x_row, other_row, total_row, place_a, PROLOGUE)
+        x_a = begun(next_a, other_row, total_row, place_a, PROLOGUE)
         if IN_B > 0:
-            x_b = load_token(x_row, other_row, total_row, place_b, PROLOGUE)
+            x_b = begun(next_b, other_row, total_row, place_b, PROLOGUE)
         if PROLOGUE == "layer":
             mean = sum_of(x_a.to(gl.float32))
             if IN_B > 0:
@@ -376,6 +384,9 @@ def hopper_transform_quantize_kernel(
             token_tile_b.store(
                 prepared(x_b, inverse, weight_b, bias_b, shift_row, channel_scale_b, place_b)
             )
+        next_a = load_once(x_ptr + next_token * x_stride, place_a)
+        if IN_B > 0:
+            next_b = load_once(x_ptr + next_token * x_stride, place_b)
         fence_async_shared()
         _barrier()
         # Z = (L^T X) R: bf16 operands, fp32 sums.

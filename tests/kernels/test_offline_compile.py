@@ -19,14 +19,14 @@ from offline import (
     compile_kernel,
 )
 
-from freeact_fx.codegen.kernels.hopper_int_mm import hopper_linear_kernel, layouts
+from freeact_fx.codegen.kernels.hopper_int_mm import hopper_linear_kernel, layouts, registers
 from freeact_fx.codegen.kernels.hopper_transform_quantize import hopper_transform_quantize_kernel
 from freeact_fx.codegen.kernels.int_mm import int_mm_kernel
 from freeact_fx.codegen.kernels.transform_quantize import transform_quantize_kernel
 from freeact_fx.codegen.tiles import (
     TileConfig,
     candidates,
-    choose_hopper_tile,
+    hopper_tiles,
     hopper_transform_tile,
     transform_tile,
 )
@@ -144,11 +144,9 @@ def test_transform(capability: int, num_features: int, num_slices: int, prologue
     assert compiled.local_bytes <= (320 if num_features == 18944 else 16)
 
 
-@pytest.mark.parametrize(
-    ("num_tokens", "typed"), [(4096, True), (4096, False), (200, True), (65, False), (1, True)]
-)
-def test_hopper_linear(num_tokens: int, typed: bool) -> None:
-    tile = choose_hopper_tile(num_tokens, 12288, 4096)
+@pytest.mark.parametrize("typed", [True, False])
+@pytest.mark.parametrize("tile", [t for t, _ in hopper_tiles(4096) if t.split_k in (1, 4)], ids=str)
+def test_hopper_linear(tile: TileConfig, typed: bool) -> None:
     shapes = (
         (tile.block_m, tile.block_k),
         (tile.block_n, tile.block_k),
@@ -165,6 +163,7 @@ def test_hopper_linear(num_tokens: int, typed: bool) -> None:
         "BLOCK_K": tile.block_k,
         "GROUP_M": tile.group_m,
         "SPLIT_K": tile.split_k,
+        "GROUP_REGISTERS": registers(tile)["GROUP_REGISTERS"],
         "num_warps": tile.num_warps,
     }
     parts = {"partial_ptr": "*i32", "counter_ptr": "*i32"}
@@ -182,12 +181,15 @@ def test_hopper_linear(num_tokens: int, typed: bool) -> None:
         | ({} if typed else dict.fromkeys(tables))
         | ({} if tile.split_k > 1 else dict.fromkeys(parts)),
         num_warps=tile.num_warps,
+        maxnreg=registers(tile)["maxnreg"],
     )
     instructions = re.findall(r"wgmma\.mma_async[^;]+;", compiled.ptx)
     assert re.search(INT8_INSTRUCTIONS[90], instructions[0])
     assert all(map(_left_in_registers, instructions))
     assert "cp.async.bulk.tensor" in compiled.ptx
-    assert compiled.local_bytes == 0
+    assert compiled.local_bytes <= 32
+    assert compiled.registers * 32 * 12 * tile.programs <= 65536
+    assert (compiled.shared_bytes + 1024) * tile.programs <= 228 * 1024
 
 
 @pytest.mark.parametrize(
