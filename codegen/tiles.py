@@ -28,7 +28,11 @@ class TileConfig:
     num_stages  steps whose operands are in shared memory at a time
     group_m     neighbouring token tiles that share a weight tile in the L2 cache
     split_k     programs that share the K of one tile; their partial sums are added afterwards
-    programs    that a multiprocessor has room for at a time; of the kernel for Hopper, which is written for that
+
+    Of the kernel for Hopper alone:
+
+    groups      of four warps, which multiply and have a part of the outputs each
+    programs    that a multiprocessor has room for at a time
     """
 
     block_m: int
@@ -38,7 +42,13 @@ class TileConfig:
     num_stages: int = 3
     group_m: int = 8
     split_k: int = 1
+    groups: int = 2
     programs: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Outputs of a group."""
+        return self.block_n // self.groups
 
     @property
     def shared_bytes(self) -> int:
@@ -105,21 +115,21 @@ def choose_tile(
     )
 
 
-# With how fast an H200 multiplies in each, the first one being 1. Why not 256 x 128, as fast without types: the scales
+# With how fast an H100 multiplies in each, the first one being 1. Why not 256 x 128, as fast without types: the scales
 # and types of its tokens spill registers.
 _HOPPER_TILES = (
-    (TileConfig(128, 256, 64, num_warps=4, num_stages=5, group_m=16), 1.0),
-    (TileConfig(128, 128, 64, num_warps=4, num_stages=6, group_m=16), 0.9),
-    (TileConfig(64, 128, 128, num_warps=4, num_stages=5, group_m=16), 0.75),
-    (TileConfig(64, 128, 128, num_warps=4, num_stages=3, group_m=16, programs=2), 0.75),
-    (TileConfig(64, 128, 64, num_warps=4, num_stages=6, group_m=16, programs=2), 0.65),
-    (TileConfig(16, 128, 128, num_warps=4, num_stages=6, group_m=16), 0.25),
-    (TileConfig(16, 128, 128, num_warps=4, num_stages=5, group_m=16, programs=2), 0.25),
+    (TileConfig(128, 256, 64, num_stages=5, group_m=16), 1.0),
+    (TileConfig(128, 192, 64, num_stages=6, group_m=16, groups=3), 0.95),
+    (TileConfig(128, 128, 64, num_stages=6, group_m=16), 0.83),
+    (TileConfig(64, 128, 128, num_stages=5, group_m=16), 0.75),
+    (TileConfig(64, 128, 128, num_stages=3, group_m=16, programs=2), 0.75),
+    (TileConfig(16, 128, 128, num_stages=6, group_m=16), 0.25),
+    (TileConfig(16, 128, 128, num_stages=5, group_m=16, programs=2), 0.25),
 )
 _SPLITS = (1, 2, 4, 8)
 # Microseconds on an H100: a tile of 128 x 256 over 4096 codes; what a program spends besides on a part of a tile, and
-# on each byte of its sums.
-_TILE_US, _PART_US, _PART_BYTE_US = 24.0, 1.5, 2e-5
+# on each byte of its sums; a byte of weights.
+_TILE_US, _PART_US, _SUM_BYTE_US, _WEIGHT_BYTE_US = 24.0, 1.0, 8e-5, 1 / 3e6
 
 
 def hopper_tiles(num_codes: int) -> list[tuple[TileConfig, float]]:
@@ -135,15 +145,16 @@ def hopper_tiles(num_codes: int) -> list[tuple[TileConfig, float]]:
 def choose_hopper_tile(
     num_tokens: int, num_outputs: int, num_codes: int, num_multiprocessors: int = 132
 ) -> TileConfig:
-    """The tile of the kernel with its own copying warp; ``num_warps`` is that of one of its two groups."""
+    """The tile of the kernel with its own copying warp; ``num_warps`` is that of one of its groups."""
 
     def time_us(tile: TileConfig, speed: float) -> float:
         size = tile.block_m * tile.block_n
         parts = -(-num_tokens // tile.block_m) * -(-num_outputs // tile.block_n) * tile.split_k
-        part_us = _TILE_US * size / (128 * 256) * num_codes / 4096 / tile.split_k / speed
-        if tile.split_k > 1:
-            part_us += _PART_US + 4 * size * _PART_BYTE_US
-        return -(-parts // num_multiprocessors) * part_us
+        each = _TILE_US * size / (128 * 256) * num_codes / 4096 / tile.split_k / speed
+        rounds = -(-parts // num_multiprocessors)
+        least = num_outputs * num_codes / 2 * _WEIGHT_BYTE_US
+        summing = rounds * (_PART_US + 4 * size * _SUM_BYTE_US) if tile.split_k > 1 else 0.0
+        return max(rounds * each, least) + summing
 
     return min(hopper_tiles(num_codes), key=lambda pair: time_us(*pair))[0]
 
@@ -196,7 +207,7 @@ class HopperTransformTile:
     rows_in             the rows of X that the first product sums over, in one or two powers of two; the second is 0 if
                         there is one
     registers           of a thread, at most
-    per_multiprocessor  programs for which a multiprocessor has registers and shared memory
+    per_multiprocessor  programs that a multiprocessor gets: what was fastest on an H100
     """
 
     rows: int
@@ -221,7 +232,12 @@ def hopper_transform_tile(d1: int, d2: int, prologue: str = "none") -> HopperTra
     rows_in = (rows, 0)
     if rows == 128 and d1 <= 96:
         rows_in = (64, _padded(d1 - 64))
-    registers, programs = {64 * 64: (96, 5), 64 * 128: (168, 3)}.get(rows * columns, (128, 2))
+    is_plain = prologue == "none"
+    registers, programs = {
+        64 * 64: (96, 5) if is_plain else (128, 4),
+        64 * 128: (168, 3),
+        128 * 128: (168, 1) if is_plain else (255, 1),
+    }.get(rows * columns, (128, 2))
     return HopperTransformTile(rows, columns, rows_in, rows // 16, registers, programs)
 
 

@@ -1,15 +1,16 @@
 """The integer product and its epilogue on Hopper, written for its copy engine and its warp groups (Gluon).
 
-The same arithmetic on the same buffers as ``int_mm``. One warp copies tiles into a ring in shared memory; two groups of
-four warps take one half of the outputs each: they unpack weights into registers, multiply, scale, and write the tile
-out while the next one is loaded. Programs are persistent, one per multiprocessor.
+The same arithmetic on the same buffers as ``int_mm``. One warp copies tiles into a ring in shared memory; two or three
+groups of four warps take a part of the outputs each: they unpack weights into registers, multiply, scale, and write the
+tile out while the next one is loaded. Programs are persistent, one or two per multiprocessor.
 
 Barriers: ``full`` counts the bytes of a stage that have arrived, ``empty`` one arrival from each group. Each group
 has a barrier arrival of its own: with eight warps in one group some arrive before others have read.
 
 Where there are too few tiles for the chip, K is split among programs. Each leaves its sum in memory and counts itself;
 the last one adds what the others left, and does the epilogue. Weights are on their way before the kernel before is done
-(``launch``).
+(``launch``): into shared memory as many as there is room for; with few tokens, whose time is that of the weights, all
+of a program's first tile into the L2 cache.
 
 Letters as in ``int_mm``; KE is the number of even codes, which is that of the odd ones.
 """
@@ -81,6 +82,19 @@ def part_of(item, num_even, BLOCK_K: gl.constexpr, SPLIT_K: gl.constexpr):
 
 
 @gluon.jit
+def fetch(ptr, num_bytes):
+    """Bring bytes at addresses that are multiples of 16 into the L2 cache."""
+    gl.inline_asm_elementwise(
+        "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
+        "=r,l,r",
+        [ptr.to(gl.int64), num_bytes],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def copy_tiles(
     codes,
     weight,
@@ -88,18 +102,22 @@ def copy_tiles(
     weight_ring,
     full,
     empty,
+    weight_ptr,
+    N,
+    row_bytes,
     num_m,
     num_n,
     num_even,
+    GROUPS: gl.constexpr,
     GROUP_M: gl.constexpr,
     SPLIT_K: gl.constexpr,
 ):
     """The copying warp: packed weights, even codes and odd codes of each step, for each tile of this program."""
-    STAGES: gl.constexpr = weight_ring.shape[0]
-    BLOCK_N: gl.constexpr = weight_ring.shape[1]
+    STAGES: gl.constexpr = weight_ring.shape[0] // GROUPS
+    ROWS: gl.constexpr = weight_ring.shape[1]
     BLOCK_K: gl.constexpr = weight_ring.shape[2]
     BLOCK_M: gl.constexpr = codes_ring.shape[1]
-    STEP_BYTES: gl.constexpr = (BLOCK_N + 2 * BLOCK_M) * BLOCK_K
+    STEP_BYTES: gl.constexpr = (GROUPS * ROWS + 2 * BLOCK_M) * BLOCK_K
     # Weights of the first steps do not depend on the kernel before.
     index, first, last = part_of(gl.program_id(0), num_even, BLOCK_K, SPLIT_K)
     tile_m, tile_n = tile_of(index, num_m, num_n, GROUP_M)
@@ -107,7 +125,15 @@ def copy_tiles(
     for stage in range(0, num_ahead):
         mbarrier.expect(full.index(stage), STEP_BYTES)
         byte = first + stage * BLOCK_K
-        _load(weight, [tile_n * BLOCK_N, byte], full.index(stage), weight_ring.index(stage))
+        for group in gl.static_range(GROUPS):
+            row = (tile_n * GROUPS + group) * ROWS
+            _load(weight, [row, byte], full.index(stage), weight_ring.index(GROUPS * stage + group))
+    if BLOCK_M <= 64:
+        lanes: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+        for group in gl.static_range(GROUPS):
+            rows = (tile_n * GROUPS + group) * ROWS + gl.arange(0, ROWS, lanes)
+            start = gl.minimum(rows, N - 1).to(gl.int64) * row_bytes + first
+            fetch(weight_ptr + start, last - first)
     wait_for_previous_kernel()
     step = 0
     for item in range(gl.program_id(0), num_m * num_n * SPLIT_K, gl.num_programs(0)):
@@ -119,7 +145,9 @@ def copy_tiles(
             if step >= num_ahead:
                 mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
                 mbarrier.expect(arrived, STEP_BYTES)
-                _load(weight, [tile_n * BLOCK_N, byte], arrived, weight_ring.index(stage))
+                for group in gl.static_range(GROUPS):
+                    row = (tile_n * GROUPS + group) * ROWS
+                    _load(weight, [row, byte], arrived, weight_ring.index(GROUPS * stage + group))
             row = tile_m * BLOCK_M
             _load(codes, [row, byte], arrived, codes_ring.index(2 * stage))
             _load(codes, [row, num_even + byte], arrived, codes_ring.index(2 * stage + 1))
@@ -205,16 +233,16 @@ def multiply_tiles(
     num_even,
     DEFAULT_TYPE: gl.constexpr,
     NUM_TYPES: gl.constexpr,
+    GROUPS: gl.constexpr,
     GROUP_M: gl.constexpr,
     SPLIT_K: gl.constexpr,
-    HALF: gl.constexpr,
+    GROUP: gl.constexpr,
 ):
-    """One group of four warps: its half of the outputs of each tile, scaled and written out."""
-    STAGES: gl.constexpr = weight_ring.shape[0]
-    BLOCK_N: gl.constexpr = weight_ring.shape[1]
+    """One group of four warps: its part of the outputs of each tile, scaled and written out."""
+    STAGES: gl.constexpr = weight_ring.shape[0] // GROUPS
+    ROWS: gl.constexpr = weight_ring.shape[1]
     BLOCK_K: gl.constexpr = weight_ring.shape[2]
     BLOCK_M: gl.constexpr = codes_ring.shape[1]
-    ROWS: gl.constexpr = BLOCK_N // 2
     TOKENS: gl.constexpr = BLOCK_M if BLOCK_M < _INSTRUCTION_TOKENS else _INSTRUCTION_TOKENS
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 32]
@@ -229,7 +257,7 @@ def multiply_tiles(
         for byte in range(first, last, BLOCK_K):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-            packed = weight_ring.index(stage).slice(HALF * ROWS, ROWS).load(left)
+            packed = weight_ring.index(GROUPS * stage + GROUP).load(left)
             even, odd = unpack_codes(packed)
             even_codes = codes_ring.index(2 * stage).permute((1, 0))
             odd_codes = codes_ring.index(2 * stage + 1).permute((1, 0))
@@ -243,19 +271,20 @@ def multiply_tiles(
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
         is_whole = True
         if SPLIT_K > 1:
-            half = 2 * index + HALF
+            of_group = GROUPS * index + GROUP
             total, is_whole = sum_of_parts(
-                total, partial_ptr, counter_ptr, half, item % SPLIT_K, SPLIT_K, layout
+                total, partial_ptr, counter_ptr, of_group, item % SPLIT_K, SPLIT_K, layout
             )
         if is_whole:
+            first_m, first_n = tile_m * BLOCK_M, (tile_n * GROUPS + GROUP) * ROWS
             y = scaled(
                 total,
                 scale_ptr,
                 weight_scale_ptr,
                 bias_ptr,
                 type_ptr,
-                tile_m * BLOCK_M,
-                tile_n * BLOCK_N + HALF * ROWS,
+                first_m,
+                first_n,
                 M,
                 N,
                 DEFAULT_TYPE,
@@ -263,9 +292,9 @@ def multiply_tiles(
                 layout,
             )
             tma.store_wait(0)
-            out_tiles.index(HALF).store(y.to(out.dtype).permute((1, 0)))
+            out_tiles.index(GROUP).store(y.to(out.dtype).permute((1, 0)))
             fence_async_shared()
-            _store(out, [tile_m * BLOCK_M, tile_n * BLOCK_N + HALF * ROWS], out_tiles.index(HALF))
+            _store(out, [first_m, first_n], out_tiles.index(GROUP))
     tma.store_wait(0)
 
 
@@ -274,21 +303,24 @@ def hopper_linear_kernel(
     codes,  # descriptor of [M, K] int8, engine order
     weight,  # descriptor of [N, bytes] int8
     out,  # descriptor of [M, N]
+    weight_ptr,  # [N, row_bytes] int8, the same
     scale_ptr,  # [M] fp32
     weight_scale_ptr,  # [N] fp32
     bias_ptr,  # [P, N] fp32, or None
     type_ptr,  # [M] int, or None: all tokens are DEFAULT_TYPE
-    partial_ptr,  # [tiles, 2, SPLIT_K, BLOCK_N / 2, BLOCK_M] int32, or None if K is not split
-    counter_ptr,  # [tiles, 2] int32 of zeros, which it leaves as such, or None
+    partial_ptr,  # [tiles, GROUPS, SPLIT_K, ROWS, BLOCK_M] int32, or None if K is not split
+    counter_ptr,  # [tiles, GROUPS] int32 of zeros, which it leaves as such, or None
     M,
     N,
     num_even,
+    row_bytes,
     DEFAULT_TYPE: gl.constexpr,
     NUM_TYPES: gl.constexpr,
     STAGES: gl.constexpr,
     BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
+    ROWS: gl.constexpr,
     BLOCK_K: gl.constexpr,
+    GROUPS: gl.constexpr,
     GROUP_M: gl.constexpr,
     SPLIT_K: gl.constexpr,
     GROUP_REGISTERS: gl.constexpr,
@@ -298,107 +330,77 @@ def hopper_linear_kernel(
     codes_ring = gl.allocate_shared_memory(
         codes.dtype, [2 * STAGES, BLOCK_M, BLOCK_K], codes.layout
     )
-    weight_ring = gl.allocate_shared_memory(weight.dtype, [STAGES, BLOCK_N, BLOCK_K], weight.layout)
-    out_tiles = gl.allocate_shared_memory(out.dtype, [2, BLOCK_M, BLOCK_N // 2], out.layout)
+    weight_ring = gl.allocate_shared_memory(
+        weight.dtype, [GROUPS * STAGES, ROWS, BLOCK_K], weight.layout
+    )
+    out_tiles = gl.allocate_shared_memory(out.dtype, [GROUPS, BLOCK_M, ROWS], out.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
-    num_m, num_n = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N)
-    # The first group has the registers that are left.
-    gl.warp_specialize(
-        [
-            (
-                multiply_tiles,
-                (
-                    out,
-                    scale_ptr,
-                    weight_scale_ptr,
-                    bias_ptr,
-                    type_ptr,
-                    partial_ptr,
-                    counter_ptr,
-                    codes_ring,
-                    weight_ring,
-                    out_tiles,
-                    full,
-                    empty,
-                    M,
-                    N,
-                    num_m,
-                    num_n,
-                    num_even,
-                    DEFAULT_TYPE,
-                    NUM_TYPES,
-                    GROUP_M,
-                    SPLIT_K,
-                    0,
-                ),
-            ),
-            (
-                multiply_tiles,
-                (
-                    out,
-                    scale_ptr,
-                    weight_scale_ptr,
-                    bias_ptr,
-                    type_ptr,
-                    partial_ptr,
-                    counter_ptr,
-                    codes_ring,
-                    weight_ring,
-                    out_tiles,
-                    full,
-                    empty,
-                    M,
-                    N,
-                    num_m,
-                    num_n,
-                    num_even,
-                    DEFAULT_TYPE,
-                    NUM_TYPES,
-                    GROUP_M,
-                    SPLIT_K,
-                    1,
-                ),
-            ),
-            (
-                copy_tiles,
-                (
-                    codes,
-                    weight,
-                    codes_ring,
-                    weight_ring,
-                    full,
-                    empty,
-                    num_m,
-                    num_n,
-                    num_even,
-                    GROUP_M,
-                    SPLIT_K,
-                ),
-            ),
-        ],
-        [4, 1],
-        [GROUP_REGISTERS, 24],
-    )
+        mbarrier.init(empty.index(stage), count=GROUPS)
+    num_m, num_n = gl.cdiv(M, BLOCK_M), gl.cdiv(N, GROUPS * ROWS)
+    # The first group has the registers that are left. Why all in full: a tuple in a variable loses what is None.
+    # fmt: off
+    if GROUPS == 2:
+        gl.warp_specialize([
+            (multiply_tiles, (
+                out, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr, partial_ptr, counter_ptr,
+                codes_ring, weight_ring, out_tiles, full, empty, M, N, num_m, num_n, num_even,
+                DEFAULT_TYPE, NUM_TYPES, GROUPS, GROUP_M, SPLIT_K, 0,
+            )),
+            (multiply_tiles, (
+                out, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr, partial_ptr, counter_ptr,
+                codes_ring, weight_ring, out_tiles, full, empty, M, N, num_m, num_n, num_even,
+                DEFAULT_TYPE, NUM_TYPES, GROUPS, GROUP_M, SPLIT_K, 1,
+            )),
+            (copy_tiles, (
+                codes, weight, codes_ring, weight_ring, full, empty, weight_ptr, N, row_bytes,
+                num_m, num_n, num_even, GROUPS, GROUP_M, SPLIT_K,
+            )),
+        ], [4, 1], [GROUP_REGISTERS, 24])
+    else:
+        gl.static_assert(GROUPS == 3)
+        gl.warp_specialize([
+            (multiply_tiles, (
+                out, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr, partial_ptr, counter_ptr,
+                codes_ring, weight_ring, out_tiles, full, empty, M, N, num_m, num_n, num_even,
+                DEFAULT_TYPE, NUM_TYPES, GROUPS, GROUP_M, SPLIT_K, 0,
+            )),
+            (multiply_tiles, (
+                out, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr, partial_ptr, counter_ptr,
+                codes_ring, weight_ring, out_tiles, full, empty, M, N, num_m, num_n, num_even,
+                DEFAULT_TYPE, NUM_TYPES, GROUPS, GROUP_M, SPLIT_K, 1,
+            )),
+            (multiply_tiles, (
+                out, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr, partial_ptr, counter_ptr,
+                codes_ring, weight_ring, out_tiles, full, empty, M, N, num_m, num_n, num_even,
+                DEFAULT_TYPE, NUM_TYPES, GROUPS, GROUP_M, SPLIT_K, 2,
+            )),
+            (copy_tiles, (
+                codes, weight, codes_ring, weight_ring, full, empty, weight_ptr, N, row_bytes,
+                num_m, num_n, num_even, GROUPS, GROUP_M, SPLIT_K,
+            )),
+        ], [4, 4, 1], [GROUP_REGISTERS, GROUP_REGISTERS, 24])
+    # fmt: on
 
 
 def registers(tile: TileConfig) -> dict[str, int]:
-    """Registers of a thread: of three times four warps on average, and in the second group."""
-    average, group = {1: (168, 232), 2: (80, 104)}[tile.programs]
+    """Registers of a thread: of all groups and four warps for copying on average, and in a group but the first."""
+    average, group = {(2, 1): (168, 232), (2, 2): (80, 104), (3, 1): (128, 160)}[
+        tile.groups, tile.programs
+    ]
     return {"maxnreg": average, "GROUP_REGISTERS": group}
 
 
 def layouts(tile: TileConfig, dtype: torch.dtype) -> tuple[Any, Any, Any]:
-    """Shared-memory layouts of a tile of codes, of packed weights, and of half a tile of outputs."""
+    """Shared-memory layouts of a tile of codes, and of a group's packed weights and outputs."""
     out = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}[dtype]
     shared = gl.NVMMASharedLayout.get_default_for
     return (
         shared([tile.block_m, tile.block_k], gl.int8),
-        shared([tile.block_n, tile.block_k], gl.int8),
-        shared([tile.block_m, tile.block_n // 2], out),
+        shared([tile.rows, tile.block_k], gl.int8),
+        shared([tile.block_m, tile.rows], out),
     )
 
 
@@ -432,19 +434,19 @@ def hopper_linear(
     num_multiprocessors = _num_multiprocessors(codes.device)
     tile = tile or choose_hopper_tile(num_tokens, num_outputs, num_codes, num_multiprocessors)
     of_codes, of_weight, of_out = layouts(tile, dtype)
+    weight = weight.view(torch.int8)
     tiles = triton.cdiv(num_tokens, tile.block_m) * triton.cdiv(num_outputs, tile.block_n)
     partial = counter = None
     if tile.split_k > 1:
         size = tiles * tile.split_k * tile.block_m * tile.block_n
         partial = torch.empty(size, dtype=torch.int32, device=codes.device)
-        counter = counters(codes.device, 2 * tiles)
+        counter = counters(codes.device, tile.groups * tiles)
     num_programs = min(tiles * tile.split_k, num_multiprocessors * tile.programs)
     hopper_linear_kernel[(num_programs,)](
         TensorDescriptor.from_tensor(codes, [tile.block_m, tile.block_k], of_codes),
-        TensorDescriptor.from_tensor(
-            weight.view(torch.int8), [tile.block_n, tile.block_k], of_weight
-        ),
-        TensorDescriptor.from_tensor(out, [tile.block_m, tile.block_n // 2], of_out),
+        TensorDescriptor.from_tensor(weight, [tile.rows, tile.block_k], of_weight),
+        TensorDescriptor.from_tensor(out, [tile.block_m, tile.rows], of_out),
+        weight,
         scale,
         weight_scale,
         bias_table,
@@ -454,12 +456,14 @@ def hopper_linear(
         num_tokens,
         num_outputs,
         num_codes // 2,
+        weight.shape[1],
         DEFAULT_TYPE=default_type,
         NUM_TYPES=0 if bias_table is None else bias_table.shape[0],
         STAGES=tile.num_stages,
         BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
+        ROWS=tile.rows,
         BLOCK_K=tile.block_k,
+        GROUPS=tile.groups,
         GROUP_M=tile.group_m,
         SPLIT_K=tile.split_k,
         num_warps=tile.num_warps,

@@ -314,6 +314,8 @@ def hopper_transform_quantize_kernel(
     left_a = gl.load(left_ptr + left_a_row * D1 + left_column, left_a_inside, 0.0)
     left_tile_a = bf16_tile(IN_A, ROWS)
     left_tile_a.store(left_a.to(gl.bfloat16))
+    _barrier()
+    left_a16 = left_tile_a.permute((1, 0)).load(left_operand)
     token_tile_a = bf16_tile(IN_A, COLUMNS)
     place_a = place_of(0, IN_A, COLUMNS, D1, D2, tokens)
     weight_a, bias_a, channel_scale_a = weight_ptr, bias_ptr, channel_scale_ptr
@@ -329,6 +331,8 @@ def hopper_transform_quantize_kernel(
         left_b = gl.load(left_ptr + left_b_row * D1 + left_column, left_b_inside, 0.0)
         left_tile_b = bf16_tile(IN_B, ROWS)
         left_tile_b.store(left_b.to(gl.bfloat16))
+        _barrier()
+        left_b16 = left_tile_b.permute((1, 0)).load(left_operand)
         token_tile_b = bf16_tile(IN_B, COLUMNS)
         place_b = place_of(IN_A, IN_B, COLUMNS, D1, D2, tokens)
         weight_b, bias_b, channel_scale_b = weight_ptr, bias_ptr, channel_scale_ptr
@@ -391,11 +395,9 @@ def hopper_transform_quantize_kernel(
         _barrier()
         # Z = (L^T X) R: bf16 operands, fp32 sums.
         y = gl.zeros((ROWS, COLUMNS), gl.float32, mma)
-        y = warpgroup_mma(
-            left_tile_a.permute((1, 0)), token_tile_a, y, use_acc=False, is_async=True
-        )
+        y = warpgroup_mma(left_a16, token_tile_a, y, use_acc=False, is_async=True)
         if IN_B > 0:
-            y = warpgroup_mma(left_tile_b.permute((1, 0)), token_tile_b, y, is_async=True)
+            y = warpgroup_mma(left_b16, token_tile_b, y, is_async=True)
         y = warpgroup_mma_wait(num_outstanding=0, deps=(y,))
         y16 = gl.convert_layout(y.to(gl.bfloat16), left_operand)
         z = gl.zeros((ROWS, COLUMNS), gl.float32, mma)

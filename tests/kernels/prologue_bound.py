@@ -16,6 +16,8 @@ FUNCTION = 8
 def exact_row(x: Tensor, prologue: Prologue) -> tuple[Tensor, Tensor]:
     """Rows [M, K] in fp64 and how far a kernel's may be from each value."""
     p = prologue
+    if p.kind == "none":
+        return x.double(), torch.zeros_like(x, dtype=torch.float64)
     if p.kind in ACTIVATIONS:
         return _activated(x.double(), p)
     if p.total is not None:

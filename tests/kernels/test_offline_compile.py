@@ -149,8 +149,8 @@ def test_transform(capability: int, num_features: int, num_slices: int, prologue
 def test_hopper_linear(tile: TileConfig, typed: bool) -> None:
     shapes = (
         (tile.block_m, tile.block_k),
-        (tile.block_n, tile.block_k),
-        (tile.block_m, tile.block_n // 2),
+        (tile.rows, tile.block_k),
+        (tile.block_m, tile.rows),
     )
     tiles = zip(("i8", "i8", "bf16"), shapes, layouts(tile, torch.bfloat16), strict=True)
     descriptors = [f"tensordesc<{kind}{list(shape)},{layout!r}>" for kind, shape, layout in tiles]
@@ -159,8 +159,9 @@ def test_hopper_linear(tile: TileConfig, typed: bool) -> None:
         "NUM_TYPES": 3,
         "STAGES": tile.num_stages,
         "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
+        "ROWS": tile.rows,
         "BLOCK_K": tile.block_k,
+        "GROUPS": tile.groups,
         "GROUP_M": tile.group_m,
         "SPLIT_K": tile.split_k,
         "GROUP_REGISTERS": registers(tile)["GROUP_REGISTERS"],
@@ -172,10 +173,11 @@ def test_hopper_linear(tile: TileConfig, typed: bool) -> None:
         hopper_linear_kernel,
         arguments={
             **dict(zip(("codes", "weight", "out"), descriptors, strict=True)),
+            "weight_ptr": "*i8",
             **dict.fromkeys(("scale_ptr", "weight_scale_ptr"), "*fp32"),
             **(tables if typed else {}),
             **(parts if tile.split_k > 1 else {}),
-            **dict.fromkeys(("M", "N", "num_even"), "i32"),
+            **dict.fromkeys(("M", "N", "num_even", "row_bytes"), "i32"),
         },
         constants=constants
         | ({} if typed else dict.fromkeys(tables))
@@ -188,7 +190,7 @@ def test_hopper_linear(tile: TileConfig, typed: bool) -> None:
     assert all(map(_left_in_registers, instructions))
     assert "cp.async.bulk.tensor" in compiled.ptx
     assert compiled.local_bytes <= 32
-    assert compiled.registers * 32 * 12 * tile.programs <= 65536
+    assert compiled.registers * 128 * (tile.groups + 1) * tile.programs <= 65536
     assert (compiled.shared_bytes + 1024) * tile.programs <= 228 * 1024
 
 
