@@ -150,15 +150,55 @@ def activation(x, KIND: gl.constexpr):
 
 @gluon.jit
 def sum_of(tile):
-    """First over what a thread holds of a row: each sum over threads takes time."""
-    by_thread = gl.sum(gl.reshape(tile, (tile.shape[0], tile.shape[1] // 8, 8)), 2)
-    return gl.sum(gl.sum(by_thread, 0), 0)
+    """At once over both dimensions: each exchange between threads takes time."""
+    return gl.sum(gl.reshape(tile, (tile.shape[0] * tile.shape[1],)), 0)
 
 
 @gluon.jit
 def bf16_tile(ROWS: gl.constexpr, COLUMNS: gl.constexpr):
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], gl.bfloat16)
     return gl.allocate_shared_memory(gl.bfloat16, [ROWS, COLUMNS], layout)
+
+
+@gluon.jit
+def for_contiguous_codes(right):
+    """R with its columns in the order in which each thread gets neighbouring codes, to store them without exchange.
+
+    In a product's result thread q of four has columns 8 j + 2 q and 8 j + 2 q + 1 of a row, for all j. Those are to be
+    the even and the odd code of pair J q + j of COLUMNS / 2, J = COLUMNS / 8.
+    """
+    ROWS: gl.constexpr = right.shape[0]
+    COLUMNS: gl.constexpr = right.shape[1]
+    by_thread = gl.reshape(right, (ROWS, 4, COLUMNS // 8, 2))
+    return gl.reshape(gl.permute(by_thread, (0, 2, 1, 3)), (ROWS, COLUMNS))
+
+
+@gluon.constexpr_function
+def layout_of_pairs(rows, pairs):
+    """Who has the even codes [rows, pairs] of a product's result: neighbours in a row, and the row eight below."""
+    per_thread = pairs // 4
+    powers = lambda first, end: [
+        1 << i for i in range(first.bit_length() - 1, end.bit_length() - 1)
+    ]  # noqa: E731
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, p] for p in powers(1, per_thread)] + [[8, 0]],
+        lane_bases=[[0, p] for p in powers(per_thread, pairs)] + [[r, 0] for r in (1, 2, 4)],
+        warp_bases=[[r, 0] for r in powers(16, rows)],
+        block_bases=[],
+        shape=[rows, pairs],
+    )
+
+
+@gluon.jit
+def even_and_odd(z):
+    """The even and the odd columns of Z [ROWS, COLUMNS / 2], in their own order; each thread keeps what it has."""
+    ROWS: gl.constexpr = z.shape[0]
+    COLUMNS: gl.constexpr = z.shape[1]
+    by_column = gl.permute(gl.reshape(z, (ROWS, COLUMNS // 8, 4, 2)), (0, 2, 1, 3))
+    even, odd = gl.split(gl.reshape(by_column, (ROWS, COLUMNS // 2, 2)))
+    # The same threads have the same values, but neighbours come first.
+    layout: gl.constexpr = layout_of_pairs(ROWS, COLUMNS // 2)
+    return gl.convert_layout(even, layout), gl.convert_layout(odd, layout)
 
 
 @gluon.jit
@@ -307,7 +347,7 @@ def hopper_transform_quantize_kernel(
     right_column = gl.arange(0, COLUMNS, gl.SliceLayout(0, tokens))[None, :]
     right_inside = (right_row < D2) & (right_column < D2)
     right = gl.load(right_ptr + right_row * D2 + right_column, right_inside, 0.0)
-    right_tile.store(right.to(gl.bfloat16))
+    right_tile.store(for_contiguous_codes(right.to(gl.bfloat16)))
     left_column = gl.arange(0, ROWS, gl.SliceLayout(0, tokens))[None, :]
     left_a_row = gl.arange(0, IN_A, gl.SliceLayout(1, tokens))[:, None]
     left_a_inside = (left_a_row < D1) & (left_column < D1)
@@ -405,21 +445,18 @@ def hopper_transform_quantize_kernel(
         z = warpgroup_mma_wait(num_outstanding=0, deps=(z,))
         # Grid of the token, and its codes: even columns of all rows, then the odd ones. A NaN or an infinity in x is in
         # all of Z.
-        even, odd = gl.split(gl.reshape(z, (ROWS, COLUMNS // 2, 2)))
-        largest = gl.max(gl.max(larger_magnitude(even, odd), 1), 0)
+        even, odd = even_and_odd(z)
+        largest = gl.max(gl.reshape(larger_magnitude(even, odd), (ROWS * COLUMNS // 2,)), 0)
         per_code = larger(largest * clip / QMAX, SMALLEST)
         gl.store(scale_ptr + token, per_code)
         per_unit = 1 / (2 * QMAX * per_code)
-        PAIRS_PER_ROW: gl.constexpr = COLUMNS // 32 if COLUMNS >= 32 else 1
-        stored: gl.constexpr = gl.BlockedLayout(
-            [1, 16], [32 // PAIRS_PER_ROW, PAIRS_PER_ROW], [num_warps, 1], [1, 0]
-        )
+        stored: gl.constexpr = even.type.layout
         pair_row = gl.arange(0, ROWS, gl.SliceLayout(1, stored))[:, None]
         pair = gl.arange(0, COLUMNS // 2, gl.SliceLayout(0, stored))[None, :]
         target = codes_ptr + token * K + pair_row * (D2 // 2) + pair
         here = (pair_row < D1) & (pair < D2 // 2)
-        gl.store(target, gl.convert_layout(to_codes(even, per_unit, QMAX), stored), here)
-        gl.store(target + K // 2, gl.convert_layout(to_codes(odd, per_unit, QMAX), stored), here)
+        gl.store(target, to_codes(even, per_unit, QMAX), here)
+        gl.store(target + K // 2, to_codes(odd, per_unit, QMAX), here)
         token += gl.num_programs(0)
 
 

@@ -244,6 +244,6 @@ def test_hopper_transform(shape: tuple[int, int], prologue: str, typed: bool) ->
     assert re.search(BF16_ON_HOPPER, compiled.ptx)
     assert ("prefetch.global.L2" in compiled.ptx) == ("other_ptr" in PROLOGUES[prologue])
     # Another program on the multiprocessor hides more than what goes to the stack costs.
-    assert compiled.local_bytes <= 640
+    assert compiled.local_bytes <= 800
     assert compiled.registers * 32 * tile.num_warps * tile.per_multiprocessor <= 65536
     assert compiled.shared_bytes * tile.per_multiprocessor <= 227 * 1024
