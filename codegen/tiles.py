@@ -142,6 +142,11 @@ def hopper_tiles(num_codes: int) -> list[tuple[TileConfig, float]]:
     ]
 
 
+def is_legal_for_hopper(tile: TileConfig, num_codes: int) -> bool:
+    """Whether a tile is one of that kernel's, and its steps over a number of codes are whole."""
+    return any(tile == legal for legal, _ in hopper_tiles(num_codes))
+
+
 def choose_hopper_tile(
     num_tokens: int, num_outputs: int, num_codes: int, num_multiprocessors: int = 132
 ) -> TileConfig:

@@ -176,14 +176,11 @@ def for_contiguous_codes(right):
 @gluon.constexpr_function
 def layout_of_pairs(rows, pairs):
     """Who has the even codes [rows, pairs] of a product's result: neighbours in a row, and the row eight below."""
-    per_thread = pairs // 4
-    powers = lambda first, end: [
-        1 << i for i in range(first.bit_length() - 1, end.bit_length() - 1)
-    ]  # noqa: E731
+    per_thread, powers = pairs // 4, [1 << i for i in range(8)]
     return gl.DistributedLinearLayout(
-        reg_bases=[[0, p] for p in powers(1, per_thread)] + [[8, 0]],
-        lane_bases=[[0, p] for p in powers(per_thread, pairs)] + [[r, 0] for r in (1, 2, 4)],
-        warp_bases=[[r, 0] for r in powers(16, rows)],
+        reg_bases=[*([0, p] for p in powers if p < per_thread), [8, 0]],
+        lane_bases=[*([0, p] for p in powers if per_thread <= p < pairs), [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[r, 0] for r in powers if 16 <= r < rows],
         block_bases=[],
         shape=[rows, pairs],
     )
