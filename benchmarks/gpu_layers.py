@@ -22,6 +22,7 @@ ONE_TYPE = QuantConfig(token_types=TokenTypes.single(), sink=None, plan="shift")
 TWO_TYPES = QuantConfig(
     token_types=TokenTypes.explicit("unmasked", "masked"), sink=None, plan="shift"
 )
+E4M3_ACTIVATIONS = dataclasses.replace(TWO_TYPES, activation_bits="e4m3")
 BRANCH = dataclasses.replace(TWO_TYPES, plan="branch", branch_rank=64)
 # Half of K for each type. The plan's subspaces are chosen by a calibration; here they are random.
 SLICED = dataclasses.replace(TWO_TYPES, plan="paper")

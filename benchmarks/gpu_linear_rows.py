@@ -149,4 +149,10 @@ def plan_row(
 
 def _shape_of(layer: Layer, config: QuantConfig, order: str, cuda_graph: bool) -> dict[str, Any]:
     shape = {"M": layer.num_tokens, "N": layer.num_outputs, "K": layer.num_features}
-    return {"shape": shape, "plan": config.plan, "types": order, "cuda_graph": cuda_graph}
+    return {
+        "shape": shape,
+        "plan": config.plan,
+        "activation_bits": config.activation_bits,
+        "types": order,
+        "cuda_graph": cuda_graph,
+    }

@@ -13,11 +13,21 @@ from typing import Any
 
 import gpu_peers as peer
 from gpu_decoder import LLADA_8B, QWEN_VL_7B, DecoderShape
-from gpu_layers import BRANCH, ONE_TYPE, SLICED, TWO_TYPES, GatedLinear, NormLinear
+from gpu_layers import (
+    BRANCH,
+    E4M3_ACTIVATIONS,
+    ONE_TYPE,
+    SLICED,
+    TWO_TYPES,
+    GatedLinear,
+    NormLinear,
+)
 from gpu_linear_rows import Layer, linear_row, plan_row
 from gpu_model_rows import memory_row, model_row
 from gpu_operators import NOTHING, RMS_NORM, SILU_MUL, product_row, transform_row
 from gpu_timing import Bench
+
+from freeact_fx import QuantConfig
 
 
 @dataclass(frozen=True)
@@ -93,16 +103,25 @@ def all_rows(sizes: Sizes) -> list[Row]:
 
 
 def _linear_rows(sizes: Sizes) -> Iterator[Row]:
-    def row(key: str, kind: Any, m: int, n: int, k: int) -> Row:
+    def row(key: str, kind: Any, m: int, n: int, k: int, config: QuantConfig = TWO_TYPES) -> Row:
         layer = Layer(kind, sizes.tokens(m), sizes.features(n), sizes.features(k))
-        label = f"M={m}, N={n}, K={k}"
+        is_w4a4 = config is TWO_TYPES
+        label = f"M={m}, N={n}, K={k}" + ("" if is_w4a4 else ", e4m3 activations")
         part = key.partition("_")[0]
-        return Row(key, label, part, lambda b: linear_row(b, layer, [peer.INDUCTOR]))
+        return Row(
+            key,
+            label,
+            part,
+            lambda b: linear_row(b, layer, [peer.INDUCTOR], config=config),
+            counts=is_w4a4,
+        )
 
     for m in (8192, 4096):
         yield row(f"linear_{m}", NormLinear, m, 12288, 4096)
     for m in (8192, 4096):
         yield row(f"down_{m}", GatedLinear, m, 4096, 12288)
+    yield row("linear_8192", NormLinear, 8192, 12288, 4096, E4M3_ACTIVATIONS)
+    yield row("down_8192", GatedLinear, 8192, 4096, 12288, E4M3_ACTIVATIONS)
 
 
 def _plan_rows(sizes: Sizes) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""Put the GPU engine's ops into an ATen graph, after AOTAutograd and before Inductor lowers it.
+"""Put the GPU engines' ops into an ATen graph, after AOTAutograd and before Inductor lowers it.
 
 ::
 
@@ -31,7 +31,7 @@ freeact = torch.ops.freeact
 
 
 def use_engine_ops(graph: Graph) -> None:
-    """Replace the plain ops whose codes are int8 and on a GPU; edits the graph in place."""
+    """Replace the plain ops whose codes a GPU has an engine for; edits the graph in place."""
     reordered: dict[Node, Node] = {}
     products = []
     for node in list(graph.nodes):
@@ -139,12 +139,16 @@ def _swap_producer(codes: Node) -> bool:
 
 
 def _reorder(graph: Graph, codes: Node) -> Node:
-    with graph.inserting_after(codes):
-        even = _call(graph, aten.slice.Tensor, codes, -1, 0, torch.iinfo(torch.int64).max, 2)
-    with graph.inserting_after(even):
-        odd = _call(graph, aten.slice.Tensor, codes, -1, 1, torch.iinfo(torch.int64).max, 2)
-    with graph.inserting_after(odd):
-        return _call(graph, aten.cat.default, [even, odd], -1)
+    """``to_engine_order``."""
+    dtype, last = codes.meta["val"].dtype, torch.iinfo(torch.int64).max
+    with graph.inserting_before(codes.next):
+        as_bytes = codes
+        if dtype != torch.int8:
+            as_bytes = _call(graph, aten.view.dtype, codes, torch.int8)
+        even = _call(graph, aten.slice.Tensor, as_bytes, -1, 0, last, 2)
+        odd = _call(graph, aten.slice.Tensor, as_bytes, -1, 1, last, 2)
+        ordered = _call(graph, aten.cat.default, [even, odd], -1)
+        return ordered if dtype == torch.int8 else _call(graph, aten.view.dtype, ordered, dtype)
 
 
 def _call(graph: Graph, op: Any, *args: Any) -> Node:

@@ -1,4 +1,4 @@
-"""The operators of the GPU's engine: like those of ``ops``, but codes are in *engine order*.
+"""The operators of the GPU's engines: like those of ``ops``, but codes are in *engine order*.
 
 In engine order the even columns of the codes come first, then the odd ones, since a byte of packed weights holds one of
 each (``kernels/int_mm``)::
@@ -8,6 +8,8 @@ each (``kernels/int_mm``)::
 * ``freeact::engine_transform_quantize``   one kernel per group; ``prologue_ops`` has those with what precedes it
 * ``freeact::engine_int_mm``               one kernel per Linear; a template that Inductor fuses the epilogue into
 * ``freeact::engine_linear``               one kernel per Linear that brings its epilogue along (Hopper)
+
+The dtype of the codes chooses the engine: int8 tensor cores for int8, fp8 tensor cores for e4m3.
 
 ``engine_graph`` puts them into a graph for their plain counterparts. Where there is no kernel for a device they run the
 reference, so that graphs with them can be tested anywhere.
@@ -26,9 +28,12 @@ from freeact_fx import reference
 from .prologue import NO_PROLOGUE, Prologue, before_transform
 from .tiles import LARGEST_NUM_CODES, fits_hopper, hopper_transform_tile
 
+E4M3 = torch.float8_e4m3fn
+
 
 def to_engine_order(codes: Tensor) -> Tensor:
-    return torch.cat([codes[..., 0::2], codes[..., 1::2]], -1)
+    as_bytes = codes.view(torch.int8) if codes.dtype == E4M3 else codes
+    return torch.cat([as_bytes[..., 0::2], as_bytes[..., 1::2]], -1).view(codes.dtype)
 
 
 def to_plain_order(codes: Tensor) -> Tensor:
@@ -49,9 +54,21 @@ def has_kernels(device: torch.device) -> bool:
     )
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Whether a device has fp8 tensor cores: NVIDIA from sm_89 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def makes_codes(device: torch.device, qmax: int) -> bool:
+    """Whether a device that has kernels has the transform's for a format."""
+    return qmax in (7, 127) or (qmax == 448 and has_fp8(device))
+
+
 def takes_codes(codes: Tensor) -> bool:
-    """Whether the integer product has a kernel for these codes."""
-    return codes.dtype == torch.int8 and codes.shape[-1] <= LARGEST_NUM_CODES
+    """Whether a device that has kernels has the product's for these codes."""
+    if codes.shape[-1] > LARGEST_NUM_CODES:
+        return False
+    return codes.dtype == torch.int8 or (codes.dtype == E4M3 and has_fp8(codes.device))
 
 
 @torch.library.custom_op("freeact::engine_transform_quantize", mutates_args=())
@@ -68,7 +85,7 @@ def engine_transform_quantize(
     default_type: int,
     qmax: int,
 ) -> tuple[Tensor, Tensor]:
-    """``freeact::transform_quantize`` to int8 codes in engine order."""
+    """``freeact::transform_quantize`` to codes in engine order."""
     operands = (token_type, shift, channel_scale, left, right, clip)
     return run_transform(x, NO_PROLOGUE, *operands, widths, slice_of_type, default_type, qmax)
 
@@ -87,7 +104,7 @@ def run_transform(
     default_type: int,
     qmax: int,
 ) -> tuple[Tensor, Tensor]:
-    """What a prologue makes of x [..., K], transformed and rounded to int8 codes in engine order."""
+    """What a prologue makes of x [..., K], transformed and rounded to codes in engine order."""
     flat, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]
     types = None if token_type is None else token_type.reshape(-1)
     operands = (types, shift, channel_scale, left, right, clip)
@@ -106,7 +123,7 @@ def _transform_kernel(
     left: Tensor, right: Tensor, widths: Sequence[int], qmax: int, prologue: Prologue
 ) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """The fastest kernel of a device for a transform, or None if none has its shape or format."""
-    if not has_kernels(left.device):
+    if not has_kernels(left.device) or not makes_codes(left.device, qmax):
         return None
     from .kernels import hopper_transform_quantize as hopper
     from .kernels import transform_quantize as portable
@@ -123,14 +140,18 @@ def _transform_kernel(
 
 @engine_transform_quantize.register_fake
 def _(x, token_type, shift, channel_scale, left, right, clip, *static):  # type: ignore[no-untyped-def]
+    return fake_codes(x, left, right, static[-1])
+
+
+def fake_codes(x: Tensor, left: Tensor, right: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
     num_codes = left.shape[1] * right.shape[-1]
-    codes = x.new_empty((*x.shape[:-1], num_codes), dtype=torch.int8)
+    codes = x.new_empty((*x.shape[:-1], num_codes), dtype=E4M3 if qmax == 448 else torch.int8)
     return codes, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
 @torch.library.custom_op("freeact::engine_int_mm", mutates_args=())
 def engine_int_mm(codes: Tensor, weight: Tensor) -> Tensor:
-    """``freeact::int_mm`` of int8 codes in engine order."""
+    """``freeact::int_mm`` of codes in engine order."""
     if has_kernels(codes.device):
         from .kernels.int_mm import int_mm
 
@@ -157,7 +178,7 @@ def engine_linear(
 ) -> Tensor:
     """Product and epilogue in one: ``reference.epilogue`` for one slice and no branch.
 
-    codes         [..., K] int8 in engine order
+    codes         [..., K] int8 or e4m3 in engine order
     scale         [..., 1] fp32
     weight        [N, ceil(K / 8)] int32
     weight_scale  [N] fp32

@@ -5,7 +5,8 @@
   ours.
 * The branch's product becomes an ordinary matrix product, in bf16 where the CPU has instructions for it.
 * ``int_mm`` stays opaque on the CPU: oneDNN's u8 x s8 linear. Scales, bias table, residual and SiLU * mul after it are
-  pointwise and fuse into one loop. On the GPU it is a Triton template, and they fuse into its kernel.
+  pointwise and fuse into one loop. On the GPU it is a Triton template, and they fuse into its kernel;
+  for e4m3 codes, too, where the chip has fp8 tensor cores.
 
 The GPU has its own ops, in ``engine_ops``; ``engine_graph`` swaps them in.
 """
@@ -20,7 +21,7 @@ import torch
 from freeact_fx import reference
 from freeact_fx.compat import register_decomposition
 
-from .engine_ops import has_kernels, is_hopper
+from .engine_ops import has_kernels, is_hopper, makes_codes
 
 
 @functools.cache
@@ -45,7 +46,8 @@ def register() -> None:
 
 def _transform_quantize(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     operands, (widths, slice_of_type, default_type, qmax) = args[:-4], args[-4:]
-    if qmax in (7, 127) and has_kernels(operands[0].device):
+    device = operands[0].device
+    if has_kernels(device) and makes_codes(device, qmax):
         return NotImplemented
     with_no_branch: Any = (*operands, None, widths, slice_of_type, default_type, 0, qmax)
     codes, scale, _ = reference.transform_quantize(*with_no_branch)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .engine_ops import run_transform
+from .engine_ops import fake_codes, run_transform
 from .prologue import Prologue
 
 
@@ -109,19 +109,15 @@ def engine_gated_transform_quantize(
 
 @engine_norm_transform_quantize.register_fake
 def _(x, weight, bias, types, shift, channel_scale, left, right, *rest):  # type: ignore[no-untyped-def]
-    return _fake(x, left, right)
+    return fake_codes(x, left, right, rest[-1])
 
 
 @engine_add_norm_transform_quantize.register_fake
 def _(x, residual, weight, bias, types, shift, channel_scale, left, right, *rest):  # type: ignore[no-untyped-def]
-    return *_fake(x, left, right), torch.empty_like(x, memory_format=torch.contiguous_format)
+    codes, scale = fake_codes(x, left, right, rest[-1])
+    return codes, scale, torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @engine_gated_transform_quantize.register_fake
 def _(gate, up, types, shift, channel_scale, left, right, *rest):  # type: ignore[no-untyped-def]
-    return _fake(gate, left, right)
-
-
-def _fake(x: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    codes = x.new_empty((*x.shape[:-1], left.shape[1] * right.shape[-1]), dtype=torch.int8)
-    return codes, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    return fake_codes(gate, left, right, rest[-1])

@@ -132,13 +132,24 @@ _SPLITS = (1, 2, 4, 8)
 _TILE_US, _PART_US, _SUM_BYTE_US, _WEIGHT_BYTE_US = 24.0, 1.0, 8e-5, 1 / 3e6
 
 
-def hopper_tiles(num_codes: int) -> list[tuple[TileConfig, float]]:
-    """The legal ones for a number of codes, K split in whole steps or not, with how fast each is."""
+# Whether e4m3 products are added up in fp32 step by step. Exact for integer codes, and small products stay in the sum
+# beside large ones.
+PROMOTED = True
+# Of a thread; as many again hold the sum of a step.
+_PROMOTED_ACCUMULATORS = 64
+
+
+def hopper_tiles(num_codes: int, *, promoted: bool = False) -> list[tuple[TileConfig, float]]:
+    """The legal ones for a number of codes, K split in whole steps or not, with how fast each is.
+
+    promoted  the sum of a step has accumulators of its own
+    """
     return [
         (replace(tile, split_k=split), speed)
         for tile, speed in _HOPPER_TILES
         for split in _SPLITS
         if num_codes % (2 * tile.block_k * split) == 0
+        and not (promoted and tile.block_m * tile.rows > 128 * _PROMOTED_ACCUMULATORS)
     ]
 
 
@@ -148,9 +159,17 @@ def is_legal_for_hopper(tile: TileConfig, num_codes: int) -> bool:
 
 
 def choose_hopper_tile(
-    num_tokens: int, num_outputs: int, num_codes: int, num_multiprocessors: int = 132
+    num_tokens: int,
+    num_outputs: int,
+    num_codes: int,
+    num_multiprocessors: int = 132,
+    *,
+    promoted: bool = False,
 ) -> TileConfig:
-    """The tile of the kernel with its own copying warp; ``num_warps`` is that of one of its groups."""
+    """The tile of the kernel with its own copying warp; ``num_warps`` is that of one of its groups.
+
+    promoted  as for ``hopper_tiles``
+    """
 
     def time_us(tile: TileConfig, speed: float) -> float:
         size = tile.block_m * tile.block_n
@@ -161,7 +180,8 @@ def choose_hopper_tile(
         summing = rounds * (_PART_US + 4 * size * _SUM_BYTE_US) if tile.split_k > 1 else 0.0
         return max(rounds * each, least) + summing
 
-    return min(hopper_tiles(num_codes), key=lambda pair: time_us(*pair))[0]
+    tiles = hopper_tiles(num_codes, promoted=promoted)
+    return min(tiles, key=lambda pair: time_us(*pair))[0]
 
 
 def fits_hopper(num_codes: int, num_outputs: int, output_bytes: int) -> bool:

@@ -246,7 +246,12 @@ def _gpu() -> Iterator[Check]:
             "gpu",
             "gpu engine",
             OK,
-            "int8 tensor cores, by kernels in Triton; e4m3 activations run in plain PyTorch, correct and slow",
+            "int8 tensor cores, by kernels in Triton; e4m3 activations: "
+            + (
+                "fp8 tensor cores"
+                if has_fp8()
+                else "in plain PyTorch, correct and slow: fp8 needs compute capability 8.9"
+            ),
         )
         return
     yield Check(
@@ -256,6 +261,12 @@ def _gpu() -> Iterator[Check]:
         "none: on this GPU products run in plain PyTorch, correct and slower than dense",
         "The kernels need an NVIDIA GPU of compute capability 8.0 or above, and Triton. Or run on the CPU.",
     )
+
+
+def has_fp8() -> bool:
+    from .codegen import engine_ops
+
+    return torch.cuda.is_available() and engine_ops.has_fp8(torch.device("cuda"))
 
 
 def has_gpu_kernels() -> bool:

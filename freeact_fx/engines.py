@@ -14,6 +14,8 @@ def engine_of(device: torch.device, config: QuantConfig) -> tuple[str, str]:
     if device.type == "meta":
         return "depends on the device", "freeact.int_mm"
     if config.activation_bits == "e4m3":
+        if _has_kernels(device, fp8=True):
+            return "fp8 tensor cores", "freeact.engine_int_mm"
         return "float32", "aten.mm"
     if _has_kernels(device):
         return "int8 tensor cores", "freeact.engine_int_mm"
@@ -24,7 +26,7 @@ def engine_of(device: torch.device, config: QuantConfig) -> tuple[str, str]:
     return "onednn u8s8", "onednn.qlinear_pointwise"
 
 
-def _has_kernels(device: torch.device) -> bool:
-    from .codegen.engine_ops import has_kernels
+def _has_kernels(device: torch.device, *, fp8: bool = False) -> bool:
+    from .codegen.engine_ops import has_fp8, has_kernels
 
-    return has_kernels(device)
+    return has_kernels(device) and (has_fp8(device) or not fp8)

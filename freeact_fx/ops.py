@@ -146,10 +146,10 @@ def _(  # type: ignore[no-untyped-def]
 @torch.library.custom_op("freeact::int_mm", mutates_args=())
 def int_mm(codes: Tensor, weight: Tensor) -> Tensor:
     """See ``reference.int_mm``. On the CPU int8 codes go through oneDNN, whose repacked int8 weight is cached; on the
-    GPU through int8 tensor cores."""
+    GPU through int8 tensor cores, and e4m3 codes through fp8 ones."""
     if codes.dtype == torch.int8:
         return reference.int_mm(codes, weight)
-    # e4m3 codes: no integer engine; the sum is rounded in fp32.
+    # e4m3 codes without an engine of their own: the sum is rounded in fp32.
     return codes.float() @ reference.unpack_int4(weight, codes.shape[-1]).float().t()
 
 
@@ -308,7 +308,7 @@ def _transform_quantize_cuda(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     from .codegen import engine_ops
 
     qmax = args[-1]
-    if not engine_ops.has_kernels(x.device) or _codes_dtype(qmax) != torch.int8:
+    if not engine_ops.has_kernels(x.device) or not engine_ops.makes_codes(x.device, qmax):
         return transform_quantize._init_fn(x, *args)
     codes, scale = engine_ops.engine_transform_quantize(x, *args)
     return engine_ops.to_plain_order(codes), scale

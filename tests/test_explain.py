@@ -24,6 +24,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 import freeact_fx
 from freeact_fx import Checkpoint, ConfigError, QuantConfig, Report, TokenTypes
 from freeact_fx.checkpoint import PackedEntry, fingerprint
+from freeact_fx.codegen import engine_ops
+from freeact_fx.engines import engine_of
 from freeact_fx.model_report import FOLLOW, HAND_IN
 from freeact_fx.packing import _packed
 from freeact_fx.reasons import RULES, Reason
@@ -274,6 +276,23 @@ def test_engine_and_precision(options: dict[str, Any], engine: str, precision: s
     row = row_of(nn.Linear(H, H), **options)
     assert (row.engine, row.precision) == (engine, precision)
     assert (row.engine_bytes > 0) == engine.startswith("onednn")
+
+
+@pytest.mark.parametrize(
+    ("bits", "fp8", "engine"),
+    [
+        (4, True, "int8 tensor cores"),
+        ("e4m3", True, "fp8 tensor cores"),
+        ("e4m3", False, "float32"),
+    ],
+)
+def test_engines_of_a_gpu(
+    bits: Any, fp8: bool, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_ops, "has_kernels", lambda device: True)
+    monkeypatch.setattr(engine_ops, "has_fp8", lambda device: fp8)
+    config = QuantConfig(activation_bits=bits)
+    assert engine_of(torch.device("cuda"), config)[0] == engine
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The integer product and its epilogue on Hopper, written for its copy engine and its warp groups (Gluon).
+"""The product and its epilogue on Hopper, written for its copy engine and its warp groups (Gluon).
 
 The same arithmetic on the same buffers as ``int_mm``. One warp copies tiles into a ring in shared memory; two or three
 groups of four warps take a part of the outputs each: they unpack weights into registers, multiply, scale, and write the
@@ -11,6 +11,9 @@ Where there are too few tiles for the chip, K is split among programs. Each leav
 the last one adds what the others left, and does the epilogue. Weights are on their way before the kernel before is done
 (``launch``): into shared memory as many as there is room for; with few tokens, whose time is that of the weights, all
 of a program's first tile into the L2 cache.
+
+e4m3 codes differ in unpacking and in the accumulator. With PROMOTED the sum of a step is added to the rest in fp32, as
+in ``int_mm``; registers hold both, so tiles are smaller. Without, all is left to the tensor core.
 
 Letters as in ``int_mm``; KE is the number of even codes, which is that of the odd ones.
 """
@@ -34,8 +37,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from freeact_fx.codegen.tiles import TileConfig, choose_hopper_tile
+from freeact_fx.codegen.tiles import PROMOTED, TileConfig, choose_hopper_tile
 
+from .int_mm import partial_dtype
 from .launch import allow_next_kernel, counters, wait_for_previous_kernel
 
 # Triton 3.9 has new names for the copies.
@@ -59,6 +63,32 @@ def unpack_codes(packed):
         "=r,=r,r",
         [packed],
         dtype=(gl.int8, gl.int8),
+        is_pure=True,
+        pack=4,
+    )
+    return even, odd
+
+
+@gluon.jit
+def unpack_e4m3(packed):
+    """The even and the odd code of each byte, times 2^-9, in an e4m3 (``int_mm.unpack_e4m3``)."""
+    even, odd = gl.inline_asm_elementwise(
+        """{
+        .reg .b32 high, positive, size, negative;
+        shl.b32 high, $2, 4;
+        prmt.b32 positive, high, 0, 0xBA98;
+        and.b32 size, $2, 0x07070707;
+        sub.s32 negative, 0x88888888, size;
+        lop3.b32 $0, positive, size, negative, 0xCA;
+        shr.u32 high, $2, 4;
+        prmt.b32 positive, $2, 0, 0xBA98;
+        and.b32 size, high, 0x07070707;
+        sub.s32 negative, 0x88888888, size;
+        lop3.b32 $1, positive, size, negative, 0xCA;
+        }""",
+        "=r,=r,r",
+        [packed],
+        dtype=(gl.float8e4nv, gl.float8e4nv),
         is_pure=True,
         pack=4,
     )
@@ -168,8 +198,12 @@ def sum_of_parts(
     _barrier()
     is_last = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel") == SPLIT_K - 1
     if is_last:
-        for ahead in range(1, SPLIT_K):
-            other = (part + ahead) % SPLIT_K
+        # The sum of floats depends on their order: all of them again, whichever part is the last.
+        ORDERED: gl.constexpr = total.dtype == gl.float32
+        if ORDERED:
+            total = gl.zeros((ROWS, BLOCK_M), gl.float32, layout)
+        for ahead in range(0 if ORDERED else 1, SPLIT_K):
+            other = ahead if ORDERED else (part + ahead) % SPLIT_K
             # Not out of the L1 cache, which may hold sums of a call before.
             total += gl.load(of_tile + other * (ROWS * BLOCK_M), cache_modifier=".cg")
         gl.store(counter_ptr + tile, 0)
@@ -191,10 +225,11 @@ def scaled(
     NUM_TYPES: gl.constexpr,
     layout: gl.constexpr,
 ):
-    """The epilogue, in fp32: 1 / 16, the scales of token and output, the bias of the token's type."""
+    """The epilogue, in fp32: the factor of unpacking, the scales of token and output, the bias of the token's type."""
+    PER_UNIT: gl.constexpr = 0.0625 if total.dtype == gl.int32 else 512.0
     n = first_n + gl.arange(0, total.shape[0], gl.SliceLayout(1, layout))
     m = first_m + gl.arange(0, total.shape[1], gl.SliceLayout(0, layout))
-    weight_scale = gl.load(weight_scale_ptr + n, n < N, 0.0) * 0.0625
+    weight_scale = gl.load(weight_scale_ptr + n, n < N, 0.0) * PER_UNIT
     scale = gl.load(scale_ptr + m, m < M, 0.0)
     y = total.to(gl.float32) * scale[None, :] * weight_scale[:, None]
     if bias_ptr is not None:
@@ -236,6 +271,7 @@ def multiply_tiles(
     GROUPS: gl.constexpr,
     GROUP_M: gl.constexpr,
     SPLIT_K: gl.constexpr,
+    PROMOTED: gl.constexpr,
     GROUP: gl.constexpr,
 ):
     """One group of four warps: its part of the outputs of each tile, scaled and written out."""
@@ -248,27 +284,41 @@ def multiply_tiles(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 32]
     )
     left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout, k_width=4)
+    E4M3: gl.constexpr = codes_ring.dtype == gl.float8e4nv
     wait_for_previous_kernel()
     step = 0
     for item in range(gl.program_id(0), num_m * num_n * SPLIT_K, gl.num_programs(0)):
         index, first, last = part_of(item, num_even, BLOCK_K, SPLIT_K)
         tile_m, tile_n = tile_of(index, num_m, num_n, GROUP_M)
-        total = gl.zeros((ROWS, BLOCK_M), gl.int32, layout)
+        total = gl.zeros((ROWS, BLOCK_M), gl.float32 if E4M3 else gl.int32, layout)
         for byte in range(first, last, BLOCK_K):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
             packed = weight_ring.index(GROUPS * stage + GROUP).load(left)
-            even, odd = unpack_codes(packed)
             even_codes = codes_ring.index(2 * stage).permute((1, 0))
             odd_codes = codes_ring.index(2 * stage + 1).permute((1, 0))
-            total = warpgroup_mma(even, even_codes, total, is_async=True)
-            total = warpgroup_mma(odd, odd_codes, total, is_async=True)
-            # The two products of the step before are done; what they read may be overwritten.
-            total = warpgroup_mma_wait(num_outstanding=2, deps=(total,))
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=byte > first)
+            if E4M3:
+                even, odd = unpack_e4m3(packed)
+            else:
+                even, odd = unpack_codes(packed)
+            if PROMOTED:
+                # One group adds while the other one multiplies.
+                of_step = gl.zeros((ROWS, BLOCK_M), gl.float32, layout)
+                of_step = warpgroup_mma(even, even_codes, of_step, use_acc=False, is_async=True)
+                of_step = warpgroup_mma(odd, odd_codes, of_step, is_async=True)
+                of_step = warpgroup_mma_wait(num_outstanding=0, deps=(of_step,))
+                mbarrier.arrive(empty.index(stage))
+                total += of_step
+            else:
+                total = warpgroup_mma(even, even_codes, total, is_async=True)
+                total = warpgroup_mma(odd, odd_codes, total, is_async=True)
+                # The two products of the step before are done; what they read may be overwritten.
+                total = warpgroup_mma_wait(num_outstanding=2, deps=(total,))
+                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=byte > first)
             step += 1
-        total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
-        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+        if not PROMOTED:
+            total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
         is_whole = True
         if SPLIT_K > 1:
             of_group = GROUPS * index + GROUP
@@ -300,7 +350,7 @@ def multiply_tiles(
 
 @gluon.jit
 def hopper_linear_kernel(
-    codes,  # descriptor of [M, K] int8, engine order
+    codes,  # descriptor of [M, K] int8 or e4m3, engine order
     weight,  # descriptor of [N, bytes] int8
     out,  # descriptor of [M, N]
     weight_ptr,  # [N, row_bytes] int8, the same
@@ -308,7 +358,7 @@ def hopper_linear_kernel(
     weight_scale_ptr,  # [N] fp32
     bias_ptr,  # [P, N] fp32, or None
     type_ptr,  # [M] int, or None: all tokens are DEFAULT_TYPE
-    partial_ptr,  # [tiles, GROUPS, SPLIT_K, ROWS, BLOCK_M] int32, or None if K is not split
+    partial_ptr,  # [tiles, GROUPS, SPLIT_K, ROWS, BLOCK_M] as sums are, or None if K is not split
     counter_ptr,  # [tiles, GROUPS] int32 of zeros, which it leaves as such, or None
     M,
     N,
@@ -324,6 +374,7 @@ def hopper_linear_kernel(
     GROUP_M: gl.constexpr,
     SPLIT_K: gl.constexpr,
     GROUP_REGISTERS: gl.constexpr,
+    PROMOTED: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     allow_next_kernel()
@@ -347,12 +398,12 @@ def hopper_linear_kernel(
             (multiply_tiles, (
                 out, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr, partial_ptr, counter_ptr,
                 codes_ring, weight_ring, out_tiles, full, empty, M, N, num_m, num_n, num_even,
-                DEFAULT_TYPE, NUM_TYPES, GROUPS, GROUP_M, SPLIT_K, 0,
+                DEFAULT_TYPE, NUM_TYPES, GROUPS, GROUP_M, SPLIT_K, PROMOTED, 0,
             )),
             (multiply_tiles, (
                 out, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr, partial_ptr, counter_ptr,
                 codes_ring, weight_ring, out_tiles, full, empty, M, N, num_m, num_n, num_even,
-                DEFAULT_TYPE, NUM_TYPES, GROUPS, GROUP_M, SPLIT_K, 1,
+                DEFAULT_TYPE, NUM_TYPES, GROUPS, GROUP_M, SPLIT_K, PROMOTED, 1,
             )),
             (copy_tiles, (
                 codes, weight, codes_ring, weight_ring, full, empty, weight_ptr, N, row_bytes,
@@ -365,17 +416,17 @@ def hopper_linear_kernel(
             (multiply_tiles, (
                 out, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr, partial_ptr, counter_ptr,
                 codes_ring, weight_ring, out_tiles, full, empty, M, N, num_m, num_n, num_even,
-                DEFAULT_TYPE, NUM_TYPES, GROUPS, GROUP_M, SPLIT_K, 0,
+                DEFAULT_TYPE, NUM_TYPES, GROUPS, GROUP_M, SPLIT_K, PROMOTED, 0,
             )),
             (multiply_tiles, (
                 out, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr, partial_ptr, counter_ptr,
                 codes_ring, weight_ring, out_tiles, full, empty, M, N, num_m, num_n, num_even,
-                DEFAULT_TYPE, NUM_TYPES, GROUPS, GROUP_M, SPLIT_K, 1,
+                DEFAULT_TYPE, NUM_TYPES, GROUPS, GROUP_M, SPLIT_K, PROMOTED, 1,
             )),
             (multiply_tiles, (
                 out, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr, partial_ptr, counter_ptr,
                 codes_ring, weight_ring, out_tiles, full, empty, M, N, num_m, num_n, num_even,
-                DEFAULT_TYPE, NUM_TYPES, GROUPS, GROUP_M, SPLIT_K, 2,
+                DEFAULT_TYPE, NUM_TYPES, GROUPS, GROUP_M, SPLIT_K, PROMOTED, 2,
             )),
             (copy_tiles, (
                 codes, weight, codes_ring, weight_ring, full, empty, weight_ptr, N, row_bytes,
@@ -393,12 +444,14 @@ def registers(tile: TileConfig) -> dict[str, int]:
     return {"maxnreg": average, "GROUP_REGISTERS": group}
 
 
-def layouts(tile: TileConfig, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+def layouts(
+    tile: TileConfig, dtype: torch.dtype, codes: torch.dtype = torch.int8
+) -> tuple[Any, Any, Any]:
     """Shared-memory layouts of a tile of codes, and of a group's packed weights and outputs."""
     out = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}[dtype]
     shared = gl.NVMMASharedLayout.get_default_for
     return (
-        shared([tile.block_m, tile.block_k], gl.int8),
+        shared([tile.block_m, tile.block_k], gl.int8 if codes == torch.int8 else gl.float8e4nv),
         shared([tile.rows, tile.block_k], gl.int8),
         shared([tile.block_m, tile.rows], out),
     )
@@ -414,16 +467,18 @@ def hopper_linear(
     default_type: int,
     dtype: torch.dtype,
     tile: TileConfig | None = None,
+    promoted: bool | None = None,
 ) -> Tensor:
     """A whole linear after its transform, on Hopper.
 
-    codes         [M, K] int8 in engine order, contiguous
+    codes         [M, K] int8 or e4m3 in engine order, contiguous
     scale         [M] fp32
     weight        [N, ceil(K / 8)] int32, contiguous
     weight_scale  [N] fp32
     bias_table    [P, N] fp32, or None
     token_type    [M] integers, or None: all tokens are ``default_type``
     tile          None: ``choose_hopper_tile``; must be legal for the shape, ``tiles.fits_hopper``
+    promoted      e4m3: True keeps the products of integers exact; None: ``tiles.PROMOTED``
 
     Returns [M, N] of ``dtype``.
     """
@@ -432,14 +487,18 @@ def hopper_linear(
     if out.numel() == 0:
         return out
     num_multiprocessors = _num_multiprocessors(codes.device)
-    tile = tile or choose_hopper_tile(num_tokens, num_outputs, num_codes, num_multiprocessors)
-    of_codes, of_weight, of_out = layouts(tile, dtype)
+    if promoted is None:
+        promoted = PROMOTED and codes.dtype != torch.int8
+    tile = tile or choose_hopper_tile(
+        num_tokens, num_outputs, num_codes, num_multiprocessors, promoted=promoted
+    )
+    of_codes, of_weight, of_out = layouts(tile, dtype, codes.dtype)
     weight = weight.view(torch.int8)
     tiles = triton.cdiv(num_tokens, tile.block_m) * triton.cdiv(num_outputs, tile.block_n)
     partial = counter = None
     if tile.split_k > 1:
         size = tiles * tile.split_k * tile.block_m * tile.block_n
-        partial = torch.empty(size, dtype=torch.int32, device=codes.device)
+        partial = torch.empty(size, dtype=partial_dtype(codes.dtype), device=codes.device)
         counter = counters(codes.device, tile.groups * tiles)
     num_programs = min(tiles * tile.split_k, num_multiprocessors * tile.programs)
     hopper_linear_kernel[(num_programs,)](
@@ -466,6 +525,7 @@ def hopper_linear(
         GROUPS=tile.groups,
         GROUP_M=tile.group_m,
         SPLIT_K=tile.split_k,
+        PROMOTED=promoted,
         num_warps=tile.num_warps,
         **registers(tile),
         enable_fp_fusion=True,

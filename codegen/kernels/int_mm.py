@@ -1,4 +1,4 @@
-"""Activation codes times packed weight codes on int8 tensor cores; any NVIDIA chip from sm_80 on.
+"""Activation codes times packed weight codes on tensor cores; int8 on any NVIDIA chip from sm_80 on, e4m3 from sm_89.
 
 Weights stay as ``reference.pack_int4`` writes them. Read as bytes, byte ``b`` of a row holds code ``2 b`` in its low
 nibble and code ``2 b + 1`` in its high one, each plus 8. Activation codes come in *engine order*, even columns first::
@@ -9,6 +9,10 @@ nibble and code ``2 b + 1`` in its high one, each plus 8. Activation codes come 
 so that a step takes one tile of bytes and two contiguous tiles of codes: ``acc += lo . even`` and ``acc += hi . odd``.
 A nibble is used as ``16 * w`` in an int8: shift or mask, then flip the sign bit (the plus 8). Four at a time in a
 32-bit register. int32 holds the sum exactly, and 1 / 16 is taken out when it becomes fp32.
+
+With e4m3 codes the weights are e4m3, too: a code w in [-7, 7] is the subnormal ``w * 2^-9``, which is a sign and three
+bits. Hopper's tensor cores align what they add to its largest magnitude and keep 14 bits of it; so what a dot adds up
+is then added to the rest in fp32. Integers come out exact: 256 products of at most 7 * 7 stay below 2^14.
 
 Why the weights are on the left of the dot, and the tile is computed transposed: on Hopper the left operand may come
 out of registers, where it was unpacked; the right one must be in shared memory.
@@ -53,6 +57,53 @@ def unpack_codes(packed, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
+def unpack_e4m3(packed, ASSEMBLY: tl.constexpr):
+    """The even and the odd code of each byte, times 2^-9, in an e4m3.
+
+    A nibble of 8 or more is the code plus 8: its low bits are the magnitude. One below 8 is taken from 0x88, which
+    leaves magnitude and sign.
+    """
+    if ASSEMBLY:
+        even, odd = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 high, positive, size, negative;
+            shl.b32 high, $2, 4;
+            prmt.b32 positive, high, 0, 0xBA98;
+            and.b32 size, $2, 0x07070707;
+            sub.s32 negative, 0x88888888, size;
+            lop3.b32 $0, positive, size, negative, 0xCA;
+            shr.u32 high, $2, 4;
+            prmt.b32 positive, $2, 0, 0xBA98;
+            and.b32 size, high, 0x07070707;
+            sub.s32 negative, 0x88888888, size;
+            lop3.b32 $1, positive, size, negative, 0xCA;
+            }""",
+            "=r,=r,r",
+            [packed],
+            dtype=(tl.float8e4nv, tl.float8e4nv),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        even = packed & 15
+        odd = (packed >> 4) & 15
+        even = tl.where(even < 8, -120 - even, even - 8).to(tl.int8)
+        odd = tl.where(odd < 8, -120 - odd, odd - 8).to(tl.int8)
+        even = even.to(tl.float8e4nv, bitcast=True)
+        odd = odd.to(tl.float8e4nv, bitcast=True)
+    return even, odd
+
+
+@triton.jit
+def in_whole_codes(total):
+    """Sums of unpacked codes as sums of codes, in fp32."""
+    if total.dtype == tl.int32:
+        return total.to(tl.float32) * 0.0625
+    else:
+        return total * 512.0
+
+
+@triton.jit
 def tile_of_program(program, num_m, num_n, GROUP_M: tl.constexpr):
     """Token tile and output tile of a program: columns of GROUP_M token tiles, so that they share weights in L2."""
     per_group = GROUP_M * num_n
@@ -63,7 +114,7 @@ def tile_of_program(program, num_m, num_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def accumulate_codes(
-    codes_ptr,  # [M, K] int8, engine order
+    codes_ptr,  # [M, K] int8 or e4m3, engine order
     weight_ptr,  # [N, weight_stride] int8
     K,
     weight_stride,
@@ -77,35 +128,45 @@ def accumulate_codes(
     MASKED: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
-    """16 * codes_W . codes over a range of weight bytes: [BLOCK_N, BLOCK_M] int32."""
+    """Unpacked codes_W . codes over a range of weight bytes: [BLOCK_N, BLOCK_M] int32, or fp32 for e4m3."""
+    E4M3: tl.constexpr = codes_ptr.dtype.element_ty == tl.float8e4nv
+    SUM: tl.constexpr = tl.float32 if E4M3 else tl.int32
+    PER_ADDITION: tl.constexpr = BLOCK_K if E4M3 else None
     num_even = (K + 1) // 2
     column = tl.arange(0, BLOCK_K)
     weight_rows = weight_ptr + rows_n.to(tl.int64)[:, None] * weight_stride
     even_rows = codes_ptr + rows_m.to(tl.int64)[None, :] * K
     odd_rows = even_rows + num_even
-    total = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    total = tl.zeros((BLOCK_N, BLOCK_M), SUM)
     for start in range(first_byte, last_byte, BLOCK_K):
         byte = start + column
         if MASKED:
             packed = tl.load(weight_rows + byte[None, :], (byte < weight_stride)[None, :], 0)
-            even_codes = tl.load(even_rows + byte[:, None], (byte < last_byte)[:, None], 0)
+            even_codes = tl.load(even_rows + byte[:, None], (byte < last_byte)[:, None], 0.0)
             last_odd = min(last_byte, K - num_even)
-            odd_codes = tl.load(odd_rows + byte[:, None], (byte < last_odd)[:, None], 0)
+            odd_codes = tl.load(odd_rows + byte[:, None], (byte < last_odd)[:, None], 0.0)
         else:
             packed = tl.load(weight_rows + byte[None, :])
             even_codes = tl.load(even_rows + byte[:, None])
             odd_codes = tl.load(odd_rows + byte[:, None])
-        even_weight, odd_weight = unpack_codes(packed, ASSEMBLY)
-        total = tl.dot(even_weight, even_codes, total, out_dtype=tl.int32)
-        total = tl.dot(odd_weight, odd_codes, total, out_dtype=tl.int32)
+        if E4M3:
+            even_weight, odd_weight = unpack_e4m3(packed, ASSEMBLY)
+        else:
+            even_weight, odd_weight = unpack_codes(packed, ASSEMBLY)
+        total = tl.dot(
+            even_weight, even_codes, total, max_num_imprecise_acc=PER_ADDITION, out_dtype=SUM
+        )
+        total = tl.dot(
+            odd_weight, odd_codes, total, max_num_imprecise_acc=PER_ADDITION, out_dtype=SUM
+        )
     return total
 
 
 @triton.jit
 def int_mm_kernel(
-    codes_ptr,  # [M, K] int8, engine order
+    codes_ptr,  # [M, K] int8 or e4m3, engine order
     weight_ptr,  # [N, weight_stride / 4] int32
-    out_ptr,  # [M, N] fp32; [SPLIT_K, M, N] int32 partial sums
+    out_ptr,  # [M, N] fp32; [SPLIT_K, M, N] int32 partial sums, fp32 for e4m3
     M,
     N,
     K,
@@ -147,9 +208,19 @@ def int_mm_kernel(
     inside = (m < M)[:, None] & (n < N)[None, :]
     total = tl.trans(total)
     if SPLIT_K == 1:
-        tl.store(out_ptr + rows[:, None] * N + n[None, :], total.to(tl.float32) * 0.0625, inside)
+        tl.store(out_ptr + rows[:, None] * N + n[None, :], in_whole_codes(total), inside)
     else:
         tl.store(out_ptr + rows[:, None] * N + n[None, :], total, inside)
+
+
+def partial_dtype(codes: torch.dtype) -> torch.dtype:
+    """Of partial sums."""
+    return torch.int32 if codes == torch.int8 else torch.float32
+
+
+def whole_code(codes: torch.dtype) -> float:
+    """What turns the sum of all partial sums into one of codes; as ``in_whole_codes``."""
+    return 0.0625 if codes == torch.int8 else 512.0
 
 
 def is_masked(num_codes: int, tile: TileConfig) -> bool:
@@ -158,13 +229,13 @@ def is_masked(num_codes: int, tile: TileConfig) -> bool:
 
 
 def int_mm(codes: Tensor, weight: Tensor, tile: TileConfig | None = None) -> Tensor:
-    """The integer product on the GPU.
+    """The product on the GPU.
 
-    codes   [M, K] int8 in engine order, contiguous
+    codes   [M, K] int8 or e4m3 in engine order, contiguous
     weight  [N, ceil(K / 8)] int32, contiguous
     tile    None: ``choose_tile``
 
-    Returns [M, N] fp32, the exact sum rounded once. K is at most ``tiles.LARGEST_NUM_CODES``.
+    Returns [M, N] fp32, for int8 the exact sum rounded once. K is at most ``tiles.LARGEST_NUM_CODES``.
     """
     (num_tokens, num_codes), num_outputs = codes.shape, weight.shape[0]
     out = torch.empty(num_tokens, num_outputs, dtype=torch.float32, device=codes.device)
@@ -175,7 +246,8 @@ def int_mm(codes: Tensor, weight: Tensor, tile: TileConfig | None = None) -> Ten
         tile = choose_tile(num_tokens, num_outputs, num_codes, 10 * major + minor)
     target = out
     if tile.split_k > 1:
-        target = torch.empty((tile.split_k, *out.shape), dtype=torch.int32, device=codes.device)
+        shape = (tile.split_k, *out.shape)
+        target = torch.empty(shape, dtype=partial_dtype(codes.dtype), device=codes.device)
     tiles_m, tiles_n = triton.cdiv(num_tokens, tile.block_m), triton.cdiv(num_outputs, tile.block_n)
     int_mm_kernel[(tiles_m * tiles_n, tile.split_k)](
         codes,
@@ -197,5 +269,5 @@ def int_mm(codes: Tensor, weight: Tensor, tile: TileConfig | None = None) -> Ten
         enable_fp_fusion=True,
     )
     if tile.split_k > 1:
-        torch.mul(target.sum(0), 0.0625, out=out)
+        torch.mul(target.sum(0), whole_code(codes.dtype), out=out)
     return out

@@ -95,7 +95,10 @@ def store_codes(z, per_code, here, codes_ptr, width, num_even, QMAX, D2: tl.cons
     OUT: tl.constexpr = z.shape[0]
     PAIRS: tl.constexpr = z.shape[1] // 2
     grid = tl.minimum(tl.maximum(z * (1 / per_code), -QMAX), QMAX)
-    codes = ((grid + TIES_TO_EVEN) - TIES_TO_EVEN).to(tl.int8)
+    if QMAX == 448:
+        codes = grid.to(tl.float8e4nv).to(tl.int8, bitcast=True)
+    else:
+        codes = ((grid + TIES_TO_EVEN) - TIES_TO_EVEN).to(tl.int8)
     codes = tl.where(here, codes, 0)
     even, odd = tl.split(tl.reshape(codes, (OUT, PAIRS, 2)))
     row, pair = tl.arange(0, OUT)[:, None], FIRST // 2 + tl.arange(0, PAIRS)[None, :]
@@ -118,7 +121,7 @@ def transform_quantize_kernel(
     left_ptr,  # [D1, sum of WIDTHS] fp32
     right_ptr,  # [S, D2, D2] fp32
     clip_ptr,  # [P] fp32
-    codes_ptr,  # [M, K'] int8, engine order
+    codes_ptr,  # [M, K'] int8 (the bytes of e4m3, too), engine order
     scale_ptr,  # [M] fp32
     M,
     x_stride,
@@ -231,7 +234,7 @@ def is_supported(left: Tensor, right: Tensor, widths: Sequence[int], qmax: int) 
 
     Triton 3.6 makes an empty kernel for Blackwell of a token in two pieces.
     """
-    if qmax not in (7, 127) or right.shape[-1] % 2:
+    if qmax not in (7, 127, 448) or right.shape[-1] % 2:
         return False
     tile = transform_tile(left.shape[0], max(widths), right.shape[-1])
     if tile.columns[1] == 0 or not left.is_cuda:
@@ -258,14 +261,15 @@ def transform_quantize(
     x         [M, K]; the rest as there, and ``is_supported``
     prologue  what is done to x first
 
-    Returns codes [M, K'] int8 and scale [M, 1] fp32. They differ from those of the fp64 reference by what rounding
-    operands to fp16 moves across a tie.
+    Returns codes [M, K'] int8 (e4m3 for 448) and scale [M, 1] fp32. They differ from those of the fp64 reference by
+    what rounding operands to fp16 moves across a tie.
     """
     num_tokens, (d1, total_width), d2 = x.shape[0], left.shape, right.shape[-1]
     codes = torch.empty(num_tokens, total_width * d2, dtype=torch.int8, device=x.device)
     scale = torch.empty(num_tokens, 1, dtype=torch.float32, device=x.device)
+    result = codes.view(torch.float8_e4m3fn) if qmax == 448 else codes, scale
     if num_tokens == 0:
-        return codes, scale
+        return result
     tile = transform_tile(d1, max(widths), d2)
     x = rows_in_memory(x)
     other = None if prologue.other is None else rows_in_memory(prologue.other)
@@ -305,7 +309,7 @@ def transform_quantize(
         num_stages=1,
         enable_fp_fusion=True,
     )
-    return codes, scale
+    return result
 
 
 def _without_wgmma(launch: Callable[..., object], *operands: object, **static: object) -> None:

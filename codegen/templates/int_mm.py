@@ -1,8 +1,8 @@
 """The integer product as an Inductor template: what comes after it is fused into its kernel.
 
-The template writes fp32 integers; scales, bias table, bias, residual and casts are ordinary pointwise ops, which the
+The template writes fp32 sums; scales, bias table, bias, residual and casts are ordinary pointwise ops, which the
 scheduler makes its epilogue. The main loop is that of ``kernels/int_mm``: its functions are copied into the kernel.
-With K split among programs the template writes int32 partial sums, and their sum is the head of one pointwise kernel.
+With K split among programs the template writes partial sums, and their sum is the head of one pointwise kernel.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _BODY = r"""
 """
 
 _WHOLE = r"""
-    result = tl.trans(total).to(tl.float32) * 0.0625
+    result = tl.trans(in_whole_codes(total))
     {{store_output(("idx_m", "idx_n"), "result", "mask", val_shape=("BLOCK_M", "BLOCK_N"))}}
 """
 
@@ -79,14 +79,21 @@ _PARTIAL = r"""
 """
 
 
-def _template(name: str, store: str) -> TritonTemplate:
-    functions = (kernel.unpack_codes, kernel.tile_of_program, kernel.accumulate_codes)
+_FUNCTIONS = (
+    kernel.unpack_codes,
+    kernel.unpack_e4m3,
+    kernel.tile_of_program,
+    kernel.accumulate_codes,
+)
+
+
+def _template(name: str, store: str, *functions: Any) -> TritonTemplate:
     sources = "\n\n".join(inspect.getsource(function.fn) for function in functions)
     return TritonTemplate(name=name, grid=_grid, source=f"{_BODY}{store}\n{sources}")
 
 
-WHOLE = _template("freeact_int_mm", _WHOLE)
-PARTIAL = _template("freeact_int_mm_partial", _PARTIAL)
+WHOLE = _template("freeact_int_mm", _WHOLE, *_FUNCTIONS, kernel.in_whole_codes)
+PARTIAL = _template("freeact_int_mm_partial", _PARTIAL, *_FUNCTIONS)
 
 
 def _tiles(codes: Any, weight: Any) -> tuple[TileConfig, ...]:
@@ -113,7 +120,8 @@ def engine_int_mm(codes: Any, weight: Any) -> Any:
     split_k = tiles[0].split_k
     shape, dtype, template = [flat.get_size()[0], num_outputs], torch.float32, WHOLE
     if split_k > 1:
-        shape, dtype, template = [split_k, *shape], torch.int32, PARTIAL
+        shape, template = [split_k, *shape], PARTIAL
+        dtype = kernel.partial_dtype(codes.get_dtype())
     layout = ir.FixedLayout(flat.get_device(), dtype, shape)
     choices: list[Any] = []
     for tile in tiles:
@@ -134,9 +142,10 @@ def engine_int_mm(codes: Any, weight: Any) -> Any:
     if isinstance(product, tuple):  # from torch 2.13 on with the choice it made
         product = product[0]
     if split_k > 1:
-        whole = lowerings[aten.sum](product, [0], dtype=torch.int32)
+        whole = lowerings[aten.sum](product, [0], dtype=dtype)
         product = lowerings[aten.mul](
-            lowerings[prims.convert_element_type](whole, torch.float32), 0.0625
+            lowerings[prims.convert_element_type](whole, torch.float32),
+            kernel.whole_code(codes.get_dtype()),
         )
     return lowerings[aten.reshape](product, [*lead, num_outputs])
 

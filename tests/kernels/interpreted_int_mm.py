@@ -1,4 +1,4 @@
-"""The integer product in Triton's interpreter: exactly the reference's integers, for any shape and split."""
+"""The product in Triton's interpreter: exactly the reference's integers, for any shape and split, in both formats."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def random_codes(*shape: int, largest: int) -> Tensor:
     return torch.randint(-largest, largest + 1, shape).to(torch.int8)
 
 
-@pytest.mark.parametrize("largest", [7, 127])
+@pytest.mark.parametrize(
+    ("largest", "dtype"), [(7, torch.int8), (127, torch.int8), (7, torch.float8_e4m3fn)], ids=str
+)
 @pytest.mark.parametrize(
     ("num_tokens", "num_outputs", "num_codes", "tile"),
     [
@@ -33,19 +35,36 @@ def random_codes(*shape: int, largest: int) -> Tensor:
     ids=str,
 )
 def test_exact(
-    num_tokens: int, num_outputs: int, num_codes: int, tile: TileConfig, largest: int
+    num_tokens: int,
+    num_outputs: int,
+    num_codes: int,
+    tile: TileConfig,
+    largest: int,
+    dtype: torch.dtype,
 ) -> None:
     codes = random_codes(num_tokens, num_codes, largest=largest)
     weight_i4 = random_codes(num_outputs, num_codes, largest=7)
-    product = int_mm(to_engine_order(codes), pack_int4(weight_i4), tile)
+    product = int_mm(to_engine_order(codes.to(dtype)), pack_int4(weight_i4), tile)
     assert torch.equal(product.long(), codes.long() @ weight_i4.long().t())
 
 
-def test_one_hot_codes_read_the_weight_out() -> None:
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_one_hot_codes_read_the_weight_out(dtype: torch.dtype) -> None:
     weight_i4 = random_codes(23, 74, largest=7)
-    eye = torch.eye(74, dtype=torch.int8)
+    eye = torch.eye(74).to(dtype)
     product = int_mm(to_engine_order(eye), pack_int4(weight_i4), SMALL)
     assert torch.equal(product.t(), weight_i4.float())
+
+
+def test_any_e4m3_codes() -> None:
+    """All 254 numbers; the sum is in fp32."""
+    numbers = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn)
+    numbers = numbers[~numbers.float().isnan()].repeat(2, 1)
+    weight_i4 = random_codes(40, numbers.shape[1], largest=7)
+    product = int_mm(to_engine_order(numbers), pack_int4(weight_i4), SMALL)
+    exact = numbers.double() @ weight_i4.double().t()
+    bound = numbers.double().abs() @ weight_i4.double().abs().t() * len(numbers[0]) * 2**-24
+    assert bool(((product - exact).abs() <= bound).all())
 
 
 def test_largest_sums() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from random_transforms import random_transform
 from torch import Tensor
 from transform_bound import codes_of
+from triton.runtime import interpreter
 
 from freeact_fx.codegen.engine_ops import to_plain_order
 from freeact_fx.codegen.kernels.transform_quantize import is_supported, transform_quantize
@@ -37,7 +40,20 @@ def tokens(num_features: int, num_tokens: int = 5) -> tuple[Tensor, Tensor]:
     return x, types
 
 
-@pytest.mark.parametrize("qmax", [7, 127])
+@pytest.fixture(autouse=True)
+def rounding_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To e4m3: to the nearest, ties to even. The interpreter's own loses a carry."""
+    convert = interpreter._convert_float
+
+    def nearest(data: Any, source: Any, target: Any, mode: Any) -> Any:
+        if (source, target) != (tl.float32, tl.float8e4nv):
+            return convert(data, source, target, mode)
+        return torch.from_numpy(data).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", nearest)
+
+
+@pytest.mark.parametrize("qmax", [7, 127, 448])
 @pytest.mark.parametrize("plan", ["single", "shift", "duplicate", "paper"])
 @pytest.mark.parametrize("num_features", [48, 192])
 def test_plans(plan: str, num_features: int, qmax: int) -> None:
@@ -46,14 +62,16 @@ def test_plans(plan: str, num_features: int, qmax: int) -> None:
     for of_tokens, default_type in ((types, 0), (None, 1)):
         bounds = codes_of(t, x, of_tokens, default_type, qmax)
         bounds.check(*run(t, x, of_tokens, qmax, default_type))
-        assert bounds.share_of_ties < 0.1 or qmax == 127
+        assert bounds.share_of_ties < 0.1 or qmax != 7
 
 
-@pytest.mark.parametrize("num_features", [32, 1536, 3584, 11008, 18944])
-def test_real_widths(num_features: int) -> None:
+@pytest.mark.parametrize(
+    ("num_features", "qmax"), [(32, 7), (1536, 7), (3584, 448), (11008, 7), (18944, 7)]
+)
+def test_real_widths(num_features: int, qmax: int) -> None:
     t = random_transform("shift", num_features, NUM_TYPES, seed=2)
     x, types = tokens(num_features, 3)
-    codes_of(t, x, types, 0, 7).check(*run(t, x, types, 7))
+    codes_of(t, x, types, 0, qmax).check(*run(t, x, types, qmax))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -100,10 +118,11 @@ def test_a_token_of_zeros() -> None:
 
 def test_no_tokens() -> None:
     t = random_transform("single", 48, NUM_TYPES, seed=7)
-    codes, scale = run(t, torch.empty(0, 48), None, 7)
-    assert (codes.shape, scale.shape) == ((0, 48), (0, 1))
+    for qmax, dtype in ((7, torch.int8), (448, torch.float8_e4m3fn)):
+        codes, scale = run(t, torch.empty(0, 48), None, qmax)
+        assert (codes.shape, codes.dtype, scale.shape) == ((0, 48), dtype, (0, 1))
 
 
 def test_formats_and_shapes_without_a_kernel() -> None:
-    for qmax, d2 in ((0, 8), (448, 8), (7, 9)):
+    for qmax, d2 in ((0, 8), (7, 9), (448, 9)):
         assert not is_supported(torch.empty(6, 6), torch.empty(1, d2, d2), (6,), qmax)

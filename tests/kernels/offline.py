@@ -14,11 +14,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-# The matrix instruction that a chip must be given for 8-bit integers, for bf16 and for fp16.
+# The matrix instruction that a chip must be given for 8-bit integers, for e4m3, for bf16 and for fp16.
 INT8_INSTRUCTIONS = {
     80: r"mma\.sync\.\S*\.s32\.s8\.s8\.s32",
     90: r"wgmma\.mma_async\.\S*\.s32\.s8\.s8",
     100: r"tcgen05\.mma\.\S*kind::i8",
+}
+E4M3_INSTRUCTIONS = {
+    89: r"mma\.sync\.\S*\.f32\.e4m3\.e4m3\.f32",
+    90: r"wgmma\.mma_async\.\S*\.f32\.e4m3\.e4m3",
+    100: r"tcgen05\.mma\.\S*kind::f8f6f4",
 }
 BF16_ON_HOPPER = r"wgmma\.mma_async\.\S*\.f32\.bf16\.bf16"
 FP16_INSTRUCTIONS = {

@@ -22,7 +22,7 @@ from torch import nn
 pytest.importorskip("triton")
 
 import triton
-from offline import INT8_INSTRUCTIONS, compile_kernel
+from offline import E4M3_INSTRUCTIONS, INT8_INSTRUCTIONS, compile_kernel
 from torch._inductor import config as inductor_config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.graph import GraphLowering
@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 
 import freeact_fx
 from freeact_fx import QuantConfig, TokenTypes
-from freeact_fx.codegen import engine_graph, lowering
+from freeact_fx.codegen import engine_graph, engine_ops, lowering
 
 WIDTH, HIDDEN, MASK = 1024, 2048, 60
 
@@ -100,14 +100,17 @@ def emitted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emissions]:
     monkeypatch.setattr(GraphLowering, "save_output_code", emissions.callers.append)
     for module in (engine_graph, lowering):
         monkeypatch.setattr(module, "has_kernels", lambda device: True)
+    monkeypatch.setattr(engine_ops, "has_fp8", lambda device: True)
     monkeypatch.setattr(triton.runtime.driver, "_active", NoGpu())
     options = {"cpu_backend": "triton", "compile_threads": 1, "fx_graph_cache": False}
     with inductor_config.patch(options):
         yield emissions
 
 
-def compile_layer(num_tokens: int) -> None:
-    config = QuantConfig(plan="shift", token_types=TokenTypes.mask_token(MASK))
+def compile_layer(num_tokens: int, bits: Any = 4) -> None:
+    config = QuantConfig(
+        plan="shift", token_types=TokenTypes.mask_token(MASK), activation_bits=bits
+    )
     with torch.no_grad():
         model = Layer().eval().bfloat16()
         freeact_fx.convert(model, config)
@@ -153,8 +156,22 @@ def test_few_tokens_share_k_and_the_sum_is_in_the_epilogue(emitted: Emissions) -
 
 
 @pytest.mark.inductor
-def test_an_emitted_kernel_compiles_for_hopper(emitted: Emissions, tmp_path: Path) -> None:
-    compile_layer(512)
+def test_few_tokens_in_e4m3(emitted: Emissions) -> None:
+    compile_layer(4, "e4m3")
+    assert emitted.calls("tem") == 7
+    for source in emitted.products:
+        assert "'*fp8e4nv'" in source
+        assert "'*i8'" not in source
+        (stored,) = re.findall(r"tl\.store\((\w+)", source)
+        assert f"'{stored}': '*fp32'" in source, "partial sums"
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("bits", [4, "e4m3"])
+def test_an_emitted_kernel_compiles_for_hopper(
+    emitted: Emissions, tmp_path: Path, bits: Any
+) -> None:
+    compile_layer(512, bits)
     source = emitted.products[0]
     (name,) = re.findall(r"def (triton_\w+)\(", source)
     # Without what Inductor writes around the function to launch it.
@@ -182,5 +199,6 @@ def test_an_emitted_kernel_compiles_for_hopper(emitted: Emissions, tmp_path: Pat
         constants={},
         num_warps=int(re.findall(r"num_warps=(\d+)", source)[0]),
     )
-    assert re.search(INT8_INSTRUCTIONS[90], compiled.ptx)
+    instructions = E4M3_INSTRUCTIONS if bits == "e4m3" else INT8_INSTRUCTIONS
+    assert re.search(instructions[90], compiled.ptx)
     assert compiled.local_bytes == 0

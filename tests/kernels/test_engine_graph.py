@@ -18,12 +18,15 @@ from freeact_fx.reference import pack_int4
 
 ops = torch.ops.freeact
 NUM_TYPES = 2
+# torch compares no fp8, which test_schema would do.
+CHECKS_OF_E4M3 = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+EVERY_CHECK = ("test_schema", *CHECKS_OF_E4M3)
 
 
-def operands(plan: str) -> tuple[tuple[Tensor | None, ...], tuple[object, ...]]:
+def operands(plan: str, qmax: int = 7) -> tuple[tuple[Tensor | None, ...], tuple[object, ...]]:
     t = random_transform(plan, 48, NUM_TYPES, seed=0)
     tensors = (t.shift, t.channel_scale, t.left, t.right, t.clip)
-    return tensors, (list(t.widths), list(t.slice_of_type), 0, 7)
+    return tensors, (list(t.widths), list(t.slice_of_type), 0, qmax)
 
 
 def rewritten(
@@ -38,6 +41,12 @@ def rewritten(
     for got, expected in zip(gm(*args), want, strict=True):
         assert torch.equal(got, expected)
     return Counter(node.target.__name__ for node in gm.graph.nodes if node.op == "call_function")
+
+
+@pytest.fixture
+def fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a chip with fp8 tensor cores."""
+    monkeypatch.setattr(engine_ops, "has_fp8", lambda device: True)
 
 
 def arguments() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -70,6 +79,32 @@ def test_codes_that_something_else_reads_keep_their_order(monkeypatch: pytest.Mo
     assert counts["engine_int_mm.default"] == 2
 
 
+@pytest.mark.parametrize("plan", ["shift", "duplicate"])
+def test_e4m3(plan: str, fp8: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, static = operands(plan, 448)
+
+    def linear(x: Tensor, types: Tensor, weight: Tensor) -> list[Tensor]:
+        codes, scale = ops.transform_quantize(x, types, *tensors, *static)
+        return [ops.int_mm(codes, weight), scale]
+
+    num_codes = sum(static[0]) * tensors[3].shape[-1]  # type: ignore[union-attr,call-overload]
+    weight = pack_int4(torch.randint(-7, 8, (11, num_codes)).to(torch.int8))
+    counts = rewritten(linear, *arguments()[:2], weight, monkeypatch=monkeypatch)
+    assert counts["engine_transform_quantize.default"] == counts["engine_int_mm.default"] == 1
+
+
+def test_e4m3_codes_of_a_branch_are_reordered_as_bytes(
+    fp8: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def product(x: Tensor, weight: Tensor) -> list[Tensor]:
+        return [ops.int_mm(x.to(torch.float8_e4m3fn), weight)]
+
+    x, *_, weight = arguments()
+    counts = rewritten(product, x, weight, monkeypatch=monkeypatch)
+    assert counts["engine_int_mm.default"] == counts["cat.default"] == 1
+    assert counts["view.dtype"] == 2
+
+
 def test_codes_without_a_kernel_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     def e4m3(codes: Tensor, weight: Tensor) -> list[Tensor]:
         return [ops.int_mm(codes, weight)]
@@ -97,11 +132,13 @@ def test_orders_are_each_others_inverse(num_codes: int) -> None:
 
 
 @pytest.mark.parametrize("lead", [(), (0,), (1,), (3, 5)], ids=str)
-def test_opcheck(lead: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("qmax", [7, 448])
+def test_opcheck(lead: tuple[int, ...], qmax: int) -> None:
     x, types = torch.randn(*lead, 48), torch.randint(0, NUM_TYPES, lead)
-    tensors, static = operands("duplicate")
+    tensors, static = operands("duplicate", qmax)
     args = (x, types, *tensors, *static)
-    torch.library.opcheck(ops.engine_transform_quantize.default, args)
+    tests = list(EVERY_CHECK if qmax == 7 else CHECKS_OF_E4M3)
+    torch.library.opcheck(ops.engine_transform_quantize.default, args, test_utils=tests)
     codes, _ = ops.engine_transform_quantize(*args)
     weight = pack_int4(torch.randint(-7, 8, (5, codes.shape[-1])).to(torch.int8))
-    torch.library.opcheck(ops.engine_int_mm.default, (codes, weight))
+    torch.library.opcheck(ops.engine_int_mm.default, (codes, weight), test_utils=tests)

@@ -12,6 +12,7 @@ import torch
 import triton
 from offline import (
     BF16_ON_HOPPER,
+    E4M3_INSTRUCTIONS,
     FP16_INSTRUCTIONS,
     INT8_INSTRUCTIONS,
     Compiled,
@@ -35,11 +36,11 @@ from freeact_fx.transform import kronecker_shape
 OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
 
-def compile_product(capability: int, tile: TileConfig) -> Compiled:
+def compile_product(capability: int, tile: TileConfig, codes: str = "i8") -> Compiled:
     return compile_kernel(
         int_mm_kernel,
         capability,
-        pointers={"codes_ptr": "*i8", "weight_ptr": "*i32", "out_ptr": "*fp32"},
+        pointers={"codes_ptr": f"*{codes}", "weight_ptr": "*i32", "out_ptr": "*fp32"},
         numbers=dict.fromkeys(("M", "N", "K", "weight_stride"), "i32"),
         constants={
             "BLOCK_M": tile.block_m,
@@ -69,6 +70,20 @@ def test_integer_product(capability: int, num_tokens: int) -> None:
         assert all(map(_left_in_registers, re.findall(r"wgmma\.mma_async[^;]+;", compiled.ptx)))
 
 
+@pytest.mark.parametrize("num_tokens", [4096, 1])
+@pytest.mark.parametrize("capability", [89, 90, 100])
+def test_e4m3_product(capability: int, num_tokens: int) -> None:
+    tile = candidates(num_tokens, capability)[0]
+    compiled = compile_product(capability, tile, "fp8e4nv")
+    assert re.search(E4M3_INSTRUCTIONS[capability], compiled.ptx)
+    assert compiled.local_bytes == 0
+    # Triton 3.6 has unpacked weights go through it on Blackwell.
+    assert compiled.shared_bytes <= tile.shared_bytes * (1.1 if capability == 100 else 1)
+    if capability == 90:
+        assert all(map(_left_in_registers, re.findall(r"wgmma\.mma_async[^;]+;", compiled.ptx)))
+        assert "add.f32" in compiled.ptx or "add.rn.f32" in compiled.ptx, "sums are promoted"
+
+
 def _left_in_registers(instruction: str) -> bool:
     return re.search(r"\},\s*\{", instruction) is not None
 
@@ -92,7 +107,7 @@ def constants_of(prologue: str) -> dict[str, object]:
 
 
 def compile_transform(
-    capability: int, num_features: int, num_slices: int, prologue: str
+    capability: int, num_features: int, num_slices: int, prologue: str, qmax: int = 7
 ) -> Compiled:
     shape = kronecker_shape(num_features)
     assert shape is not None
@@ -113,7 +128,7 @@ def compile_transform(
             "WIDTHS": (d1,) * num_slices,
             "SLICE_OF_TYPE": (0, num_slices - 1, 0),
             "DEFAULT_TYPE": 0,
-            "QMAX": 7,
+            "QMAX": qmax,
             "IN": tile.block_in,
             "OUT": tile.block_out,
             "COLUMNS_A": tile.columns[0],
@@ -144,15 +159,40 @@ def test_transform(capability: int, num_features: int, num_slices: int, prologue
     assert compiled.local_bytes <= (320 if num_features == 18944 else 16)
 
 
+@pytest.mark.parametrize(
+    ("num_features", "prologue"), [(4096, "rms of a sum"), (12288, "silu"), (18944, "none")]
+)
+@pytest.mark.parametrize("capability", [89, 90, 100])
+def test_transform_to_e4m3(capability: int, num_features: int, prologue: str) -> None:
+    if OLD_TRITON and capability == 100 and num_features == 18944:
+        pytest.skip("not for Blackwell before Triton 3.9; see is_supported")
+    compiled = compile_transform(capability, num_features, 1, prologue, 448)
+    # Triton 3.6 goes by way of fp16 on sm_89: what is nearly half-way between two codes may be rounded twice.
+    source = "f16x2" if OLD_TRITON and capability == 89 else "f32"
+    assert f"cvt.rn.satfinite.e4m3x2.{source}" in compiled.ptx
+    assert compiled.local_bytes <= (320 if num_features == 18944 else 16)
+
+
 @pytest.mark.parametrize("typed", [True, False])
-@pytest.mark.parametrize("tile", [t for t, _ in hopper_tiles(4096) if t.split_k in (1, 4)], ids=str)
-def test_hopper_linear(tile: TileConfig, typed: bool) -> None:
+@pytest.mark.parametrize(
+    ("tile", "codes"),
+    [
+        (tile, codes)
+        for codes in (torch.int8, torch.float8_e4m3fn)
+        for tile, _ in hopper_tiles(4096, promoted=codes != torch.int8)
+        if tile.split_k in (1, 4)
+    ],
+    ids=str,
+)
+def test_hopper_linear(tile: TileConfig, codes: torch.dtype, typed: bool) -> None:
+    is_e4m3 = codes == torch.float8_e4m3fn
     shapes = (
         (tile.block_m, tile.block_k),
         (tile.rows, tile.block_k),
         (tile.block_m, tile.rows),
     )
-    tiles = zip(("i8", "i8", "bf16"), shapes, layouts(tile, torch.bfloat16), strict=True)
+    kinds = ("fp8e4nv" if is_e4m3 else "i8", "i8", "bf16")
+    tiles = zip(kinds, shapes, layouts(tile, torch.bfloat16, codes), strict=True)
     descriptors = [f"tensordesc<{kind}{list(shape)},{layout!r}>" for kind, shape, layout in tiles]
     constants = {
         "DEFAULT_TYPE": 0,
@@ -165,9 +205,10 @@ def test_hopper_linear(tile: TileConfig, typed: bool) -> None:
         "GROUP_M": tile.group_m,
         "SPLIT_K": tile.split_k,
         "GROUP_REGISTERS": registers(tile)["GROUP_REGISTERS"],
+        "PROMOTED": is_e4m3,
         "num_warps": tile.num_warps,
     }
-    parts = {"partial_ptr": "*i32", "counter_ptr": "*i32"}
+    parts = {"partial_ptr": "*fp32" if is_e4m3 else "*i32", "counter_ptr": "*i32"}
     tables = {"bias_ptr": "*fp32", "type_ptr": "*i32"}
     compiled = compile_gluon(
         hopper_linear_kernel,
@@ -186,10 +227,12 @@ def test_hopper_linear(tile: TileConfig, typed: bool) -> None:
         maxnreg=registers(tile)["maxnreg"],
     )
     instructions = re.findall(r"wgmma\.mma_async[^;]+;", compiled.ptx)
-    assert re.search(INT8_INSTRUCTIONS[90], instructions[0])
+    wanted = (E4M3_INSTRUCTIONS if is_e4m3 else INT8_INSTRUCTIONS)[90]
+    assert all(re.search(wanted, instruction) for instruction in instructions)
     assert all(map(_left_in_registers, instructions))
     assert "cp.async.bulk.tensor" in compiled.ptx
-    assert compiled.local_bytes <= 32
+    # Addresses, outside of the loop.
+    assert compiled.local_bytes <= (96 if is_e4m3 else 32)
     assert compiled.registers * 128 * (tile.groups + 1) * tile.programs <= 65536
     assert (compiled.shared_bytes + 1024) * tile.programs <= 228 * 1024
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,8 @@ pytestmark = [
 if torch.cuda.is_available():
     from freeact_fx.codegen.kernels.hopper_int_mm import hopper_linear
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+HAS_FP8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+needs_fp8 = pytest.mark.skipif(not HAS_FP8, reason="for chips with fp8 tensor cores")
 needs_hopper = pytest.mark.skipif(not HOPPER, reason="for Hopper alone")
 NUM_TYPES = 2
 GPU = torch.device("cuda")
@@ -180,6 +183,129 @@ def test_hopper_linear_again_and_again(num_tokens: int) -> None:
         assert torch.equal(engine_ops.engine_linear(*args), first)
 
 
+# ------------------------------------------------------------------ the fp8 engine
+
+E4M3 = torch.float8_e4m3fn
+
+
+def correlated_codes(num_tokens: int, num_outputs: int, num_codes: int) -> tuple[Tensor, Tensor]:
+    """Tokens and weights whose large codes meet, with the same sign; the first rows are 7 throughout."""
+    weight_i4 = random_codes(num_outputs, num_codes, largest=7)
+    codes = random_codes(num_tokens, num_codes, largest=1)
+    outliers = torch.rand(num_codes) < 0.5
+    sign = random_codes(num_codes, largest=7).sign()
+    codes[:, outliers] = 7 * sign[outliers]
+    weight_i4[:, outliers] = weight_i4[:, outliers].abs() * sign[outliers]
+    codes[0], weight_i4[: num_outputs // 2] = 7, 7
+    return codes, weight_i4
+
+
+@needs_fp8
+@settings(max_examples=60)
+@given(st.integers(1, 600), st.integers(1, 600), st.integers(1, 300).map(lambda pairs: 2 * pairs))
+def test_e4m3_product_of_integers(num_tokens: int, num_outputs: int, num_codes: int) -> None:
+    codes = random_codes(num_tokens, num_codes, largest=7)
+    weight_i4 = random_codes(num_outputs, num_codes, largest=7)
+    product = ops.int_mm(codes.to(GPU).to(E4M3), pack_int4(weight_i4).to(GPU))
+    assert torch.equal(product.double(), exact_product(codes, weight_i4))
+
+
+def e4m3_bound(codes: Tensor, weight_i4: Tensor) -> Tensor:
+    """How far a product may be from the exact one: in a sum of 256 codes, eight times 33 addends lose less than 2^-13
+    of the largest; each sum is added in fp32."""
+    size = codes.to(GPU).double().abs() @ weight_i4.to(GPU).double().abs().t()
+    return size * (8 * 33 * 2**-13 + codes.shape[-1] / 64 * 2**-24)
+
+
+@needs_fp8
+@pytest.mark.parametrize("num_tokens", [1, 16, 256, 1000])
+@pytest.mark.parametrize(("num_outputs", "num_codes"), [(4096, 4096), (4096, 12288), (70, 98)])
+def test_e4m3_product(num_tokens: int, num_outputs: int, num_codes: int) -> None:
+    codes = (torch.randn(num_tokens, num_codes) * 100).clamp(-448, 448).to(E4M3)
+    weight_i4 = random_codes(num_outputs, num_codes, largest=7)
+    product = ops.int_mm(codes.to(GPU), pack_int4(weight_i4).to(GPU)).double()
+    exact = exact_product(codes, weight_i4)
+    assert bool(((product - exact).abs() <= e4m3_bound(codes, weight_i4)).all())
+    # What is lost goes in both directions.
+    assert float((product - exact).norm() / exact.norm()) < 2**-9
+
+
+@needs_hopper
+@pytest.mark.parametrize("adversarial", [False, True])
+@pytest.mark.parametrize("typed", [True, False])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_outputs", "num_codes"),
+    [
+        (1, 12288, 4096),
+        (16, 4096, 12288),
+        (33, 264, 512),
+        (65, 256, 128),
+        (129, 8, 128),
+        (256, 12288, 4096),
+        (1000, 4096, 14336),
+    ],
+)
+def test_engines_are_bit_equal(
+    num_tokens: int, num_outputs: int, num_codes: int, typed: bool, adversarial: bool
+) -> None:
+    codes = random_codes(num_tokens, num_codes, largest=7)
+    weight_i4 = random_codes(num_outputs, num_codes, largest=7)
+    if adversarial:
+        codes, weight_i4 = correlated_codes(num_tokens, num_outputs, num_codes)
+    types = torch.randint(-1, NUM_TYPES + 1, (num_tokens,), device=GPU) if typed else None
+    rest = (
+        torch.rand(num_tokens, 1, device=GPU),
+        pack_int4(weight_i4).to(GPU),
+        torch.rand(num_outputs, device=GPU),
+        torch.randn(NUM_TYPES + 1, num_outputs, device=GPU),
+        types,
+        1,
+        torch.bfloat16,
+    )
+    by_int8, by_fp8 = (
+        engine_ops.engine_linear(to_engine_order(codes.to(GPU).to(dtype)), *rest)
+        for dtype in (torch.int8, E4M3)
+    )
+    assert torch.equal(by_fp8, by_int8)
+
+
+@needs_hopper
+@pytest.mark.parametrize("num_tokens", [1, 48, 200])
+@pytest.mark.parametrize("tile", [tile for tile, _ in hopper_tiles(4096, promoted=True)], ids=str)
+def test_every_tile_of_the_fp8_engine(tile: TileConfig, num_tokens: int) -> None:
+    codes, weight_i4 = correlated_codes(num_tokens, 400, 4096)
+    scale, weight_scale = torch.rand(num_tokens, device=GPU), torch.rand(400, device=GPU)
+    rest = (scale, pack_int4(weight_i4).to(GPU), weight_scale, None, None, 0, torch.bfloat16, tile)
+    for _ in range(3):
+        by_int8, by_fp8 = (
+            hopper_linear(to_engine_order(codes.to(GPU).to(dtype)), *rest)
+            for dtype in (torch.int8, E4M3)
+        )
+        assert torch.equal(by_fp8, by_int8)
+
+
+@needs_hopper
+@pytest.mark.parametrize("num_tokens", [16, 256, 4096])
+def test_e4m3_linear_again_and_again(num_tokens: int) -> None:
+    codes = (torch.randn(num_tokens, 4096) * 100).clamp(-448, 448).to(E4M3)
+    weight_i4 = random_codes(4096, 4096, largest=7)
+    scale, weight_scale = torch.rand(num_tokens, 1, device=GPU), torch.rand(4096, device=GPU)
+    args = (
+        to_engine_order(codes).to(GPU),
+        scale,
+        pack_int4(weight_i4).to(GPU),
+        weight_scale,
+        *(None, None, 0, torch.bfloat16),
+    )
+    first = engine_ops.engine_linear(*args)
+    factor = scale.double() * weight_scale.double()
+    error = (first.double() - exact_product(codes, weight_i4) * factor).abs()
+    bound = e4m3_bound(codes, weight_i4) * factor + first.double().abs() * 2**-8
+    assert bool((error <= bound).all())
+    for _ in range(50):
+        assert torch.equal(engine_ops.engine_linear(*args), first)
+
+
 # ------------------------------------------------------------------ the transform
 
 
@@ -223,11 +349,12 @@ def check(
     exact, *_ = reference.transform_quantize(
         row, types, *wide, None, t.widths, t.slice_of_type, 1, 0, qmax
     )
-    assert float((codes != exact).float().mean()) < (0.02 if qmax == 7 else 0.1)
+    differing = codes.double() != exact.double()  # torch compares no fp8
+    assert float(differing.float().mean()) < (0.02 if qmax == 7 else 0.1)
     return prologue.total
 
 
-@pytest.mark.parametrize("qmax", [7, 127])
+@pytest.mark.parametrize("qmax", [7, 127, pytest.param(448, marks=needs_fp8)])
 @pytest.mark.parametrize("typed", [True, False])
 @pytest.mark.parametrize("plan", ["single", "shift", "duplicate", "paper"])
 @pytest.mark.parametrize(
@@ -296,8 +423,11 @@ class Block(nn.Module):
 @pytest.mark.parametrize("plan", ["shift", "branch", "duplicate"])
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize("num_tokens", [1, 16, 512])
-def test_compiled_model_agrees_with_the_cpu(num_tokens: int, mode: str | None, plan: str) -> None:
-    config = QuantConfig(plan=plan, token_types=TokenTypes.mask_token(60))
+@pytest.mark.parametrize("bits", [4, pytest.param("e4m3", marks=needs_fp8)])
+def test_compiled_model_agrees_with_the_cpu(
+    num_tokens: int, mode: str | None, plan: str, bits: Any
+) -> None:
+    config = QuantConfig(plan=plan, token_types=TokenTypes.mask_token(60), activation_bits=bits)
     ids = torch.randint(0, 64, (2, num_tokens))
     with torch.no_grad():
         model = Block(512, 1024).eval()

@@ -17,7 +17,9 @@ from freeact_fx.codegen.prologue import NORMS, Prologue
 NUM_TYPES = 2
 
 
-def call(kind: str, lead: tuple[int, ...]) -> tuple[object, tuple[object, ...], Tensor, Prologue]:
+def call(
+    kind: str, lead: tuple[int, ...], qmax: int = 7
+) -> tuple[object, tuple[object, ...], Tensor, Prologue]:
     """The op of a prologue and its arguments; x and the prologue as rows."""
     x = torch.randn(*lead, 48)
     rows = x.reshape(-1, 48)
@@ -25,7 +27,7 @@ def call(kind: str, lead: tuple[int, ...]) -> tuple[object, tuple[object, ...], 
     t = random_transform("shift", 48, NUM_TYPES, seed=1)
     types = torch.zeros(lead, dtype=torch.int64)
     operands = (types, t.shift, t.channel_scale, t.left, t.right, t.clip)
-    static = (list(t.widths), list(t.slice_of_type), 0, 7)
+    static = (list(t.widths), list(t.slice_of_type), 0, qmax)
     other = () if p.other is None else (p.other.view_as(x),)
     if p.kind not in NORMS:
         op = torch.ops.freeact.engine_gated_transform_quantize.default
@@ -47,13 +49,22 @@ def test_opcheck(kind: str, lead: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_within_the_bounds_of_the_kernel(kind: str) -> None:
-    op, args, rows, prologue = call(kind, (2, 3))
+def test_opcheck_of_e4m3(kind: str) -> None:
+    op, args, _, _ = call(kind, (3, 5), 448)
+    # Not test_schema, which compares; torch compares no fp8.
+    tests = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(op, args, test_utils=tests)
+
+
+@pytest.mark.parametrize("qmax", [7, 448])
+@pytest.mark.parametrize("kind", KINDS)
+def test_within_the_bounds_of_the_kernel(kind: str, qmax: int) -> None:
+    op, args, rows, prologue = call(kind, (2, 3), qmax)
     codes, scale, *total = op(*args)  # type: ignore[operator]
     row, error = exact_row(rows, prologue)
     t = random_transform("shift", 48, NUM_TYPES, seed=1)
     types = torch.zeros(6, dtype=torch.int64)
-    bounds = codes_of(t, row, types, 0, 7, error)
+    bounds = codes_of(t, row, types, 0, qmax, error)
     bounds.check(to_plain_order(codes).view(6, -1), scale.view(6, 1))
     if total:
         assert torch.equal(total[0].view(6, -1), rows + prologue.other)
