@@ -178,8 +178,7 @@ class _Sweep:
         self._settle(target, fact)
         while op_name(target) in _VIEWS and isinstance(target.args[0], Node):
             target = target.args[0]
-            reason = f"tokens are written through a view of {target.name}"
-            self._settle(target, Lost(reason))
+            self._settle(target, Lost(f"tokens are written through a view of {target.name}"))
 
     def _visit(self, node: Node) -> Fact:
         if node in self.entries:
