@@ -161,14 +161,31 @@ def known_inductor_options() -> list[str]:
 
 def traced_module() -> torch.nn.Module | None:
     """The module whose forward Dynamo is tracing, if it can be told."""
+    return _traced_module()[0]
+
+
+def _traced_module() -> tuple[torch.nn.Module | None, int]:
+    """That module, and its number of places among the ``*args`` of a wrapper around its forward: 0 or 1."""
     try:
         from torch._dynamo.symbolic_convert import InstructionTranslator
 
-        scope = InstructionTranslator.current_tx().output.local_scope
+        output = InstructionTranslator.current_tx().output
+        scope, code = output.local_scope, output.root_tx.f_code
     except (ImportError, AttributeError):
-        return None
-    module = scope.get("self")
-    return module if isinstance(module, torch.nn.Module) else None
+        return None, 0
+    if isinstance(module := scope.get("self"), torch.nn.Module):
+        return module, 0
+    match scope.get("args"):
+        case (torch.nn.Module() as module, *_) if _wraps_forward(code, module):
+            return module, 1
+    return None, 0
+
+
+def _wraps_forward(code: Any, module: torch.nn.Module) -> bool:
+    function: Any = type(module).forward
+    while function is not None and getattr(function, "__code__", None) is not code:
+        function = getattr(function, "__wrapped__", None)
+    return function is not None
 
 
 def calling_modules() -> list[torch.nn.Module]:
@@ -211,8 +228,21 @@ def origin_of(gm: GraphModule) -> GraphReport:
             place = f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
             report.break_reason += f" ({place}: {frame.line})" if frame.line else f" ({place})"
     metrics = getattr(get_metrics_context(), "_metrics", {})
-    report.compiled_again_because = metrics.get("recompile_reason")
+    reason = metrics.get("recompile_reason")
+    report.compiled_again_because = None if reason is None else guard_in_short(reason)
     return report
+
+
+def guard_in_short(reason: str) -> str:
+    """Dynamo's reason for a recompilation in a line: the guard that failed, and the user's line that it is for.
+
+    >>> guard_in_short("3/0: n == 3    # y = f(n)  # models/net.py:9 in forward\\nUser stack trace: ...")
+    '3/0: n == 3 (net.py:9 in forward: y = f(n))'
+    """
+    guard, *comments = re.split(r"\s+# ", reason.strip().partition("\n")[0])
+    if len(comments) < 2:
+        return guard
+    return f"{guard} ({comments[-1].rpartition('/')[2]}: {' '.join(comments[:-1])})"
 
 
 def module_paths(tensors: Iterable[Any]) -> dict[int, str]:
@@ -231,16 +261,17 @@ def module_paths(tensors: Iterable[Any]) -> dict[int, str]:
 def name_arguments(gm: GraphModule) -> None:
     """Give positional arguments behind a ``*args`` wrapper the names that the module's ``forward`` has for them.
 
-    Hugging Face wraps ``forward``: of ``model(ids, mask)`` Dynamo sees ``args[0]`` and ``args[1]``.
+    Hugging Face wraps ``forward``: of ``model(ids, mask)`` Dynamo sees ``args[0]`` and ``args[1]``; or, where the
+    wrapper takes the module by ``*args`` too, ``args[1]`` and ``args[2]``.
     """
-    module = traced_module()
+    module, offset = _traced_module()
     if module is None:
         return
     names = list(inspect.signature(module.forward).parameters)
     for node in gm.graph.nodes:
         found = re.fullmatch(r"L\['args'\]\[(\d+)\]", source_name(node))
-        if node.op == "placeholder" and found and int(found[1]) < len(names):
-            node.meta["freeact_argument"] = names[int(found[1])]
+        if node.op == "placeholder" and found and 0 <= int(found[1]) - offset < len(names):
+            node.meta["freeact_argument"] = names[int(found[1]) - offset]
 
 
 @contextlib.contextmanager

@@ -105,7 +105,7 @@ class QuantConfig:
             "plan",
             self.plan in plans,
             f"must be one of {', '.join(plans)}",
-            nearest_name(str(self.plan), plans).strip(),
+            nearest_name(str(self.plan), plans).strip(" ."),
         )
         for name, least, default in (
             ("branch_rank", 1, 32),
@@ -125,8 +125,9 @@ class QuantConfig:
 
     def _check(self, name: str, ok: bool, rule: str, way_out: str) -> None:
         if not ok:
+            end = "" if way_out.endswith("?") else "."
             raise ConfigError(
-                f"QuantConfig.{name}: {rule}, got {getattr(self, name)!r}. {way_out}."
+                f"QuantConfig.{name}: {rule}, got {getattr(self, name)!r}. {way_out}{end}"
             )
 
     @staticmethod

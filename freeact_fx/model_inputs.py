@@ -100,7 +100,8 @@ def load_batches(file: Path) -> Any:
     try:
         return torch.load(file, weights_only=True)
     except Exception as error:  # torch raises whatever the bytes lead to
-        reason = str(error).strip().split("\n")[0]
+        # Behind its first sentence torch advises to trust the file.
+        reason = str(error).strip().split("\n")[0].partition(". ")[0]
         raise ConfigError(
             f"{file}: must hold tensors that torch.save wrote, in mappings and lists ({reason})."
         ) from error

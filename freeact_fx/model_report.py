@@ -15,7 +15,7 @@ from .convert import FreeActLinear
 from .passes.annotate import FROM_OUTSIDE
 from .reasons import reason
 from .report import GraphReport, GroupReport, LinearReport, Report
-from .report_log import GraphRecord, paths_of
+from .report_log import GraphRecord, Recorded, paths_of
 
 # Ways out of a Linear that is quantised, but without the types of its tokens.
 HAND_IN = "call the model inside freeact_fx.token_types(types)"
@@ -166,25 +166,35 @@ class _Assembly:
         """Who said which types the tokens of a graph have, in words; fills in the graph's ``types_from``."""
         entries: list[dict[str, Any]] = []
         words = []
-        for (tokens, source), graph in record.sources.items():
+        for (tokens, source), recorded in record.sources.items():
             entry: dict[str, Any] = {"tokens": tokens, "source": source}
             text = {"handed in": "token_types()", "unknown": "unknown"}.get(source)
-            if (
-                graph is not None
-                and (known := self.index.get(id(graph.origin or graph))) is not None
-            ):
+            if recorded is not None and (known := self._index_of(recorded.graph)) is not None:
                 entry["graph"] = known
-                text = f"types of {tokens} from graph {known}"
+                text = self._chain(recorded) or f"types of {tokens} from graph {known}"
             entries.append(entry)
             if source != "ids":
                 words.append(text or source)
         self.graphs[index].types_from = tuple(entries)
         return " | ".join(dict.fromkeys(words))
 
+    def _index_of(self, record: GraphRecord) -> int | None:
+        return self.index.get(id(record.origin or record))
+
+    def _chain(self, recorded: Recorded) -> str:
+        """What earlier graphs said of the tokens, one after the other."""
+        claims: dict[int | None, list[str]] = {}
+        for graph, claim in recorded.claims:
+            claims.setdefault(self._index_of(graph), []).append(claim)
+        return "; ".join(f"{'; '.join(own)} (from graph {at})" for at, own in claims.items())
+
     def _fill_types(self, row: LinearReport, source: str, record: GraphRecord) -> None:
         if FROM_OUTSIDE in row.type_source and source:
-            told = f"default: {record.config.type_names[0]}" if source == "unknown" else source
-            claims = [told if c == FROM_OUTSIDE else c for c in row.type_source.split("; ")]
+            default = f"default: {record.config.type_names[0]}"
+            told = default if source == "unknown" else source
+            own = [c for c in row.type_source.split("; ") if c not in (FROM_OUTSIDE, default)]
+            # Later ones win: what the graph shows stands above what comes in, below what is handed in.
+            claims = [*own, told] if source == "token_types()" else [told, *own]
             row.type_source = "; ".join(dict.fromkeys(claims))
             if row.state == "default" and "unknown" not in source:
                 row.state = "typed"

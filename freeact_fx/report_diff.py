@@ -68,7 +68,10 @@ def read_side(path: str | Path) -> Report | Checkpoint:
         raise ConfigError(f"{path}: not JSON ({error}). Save a report with --json.") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: must hold a report, got a {type(data).__name__}.")
-    return Report.from_dict(data)
+    try:
+        return Report.from_dict(data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def diff(

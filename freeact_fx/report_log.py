@@ -38,6 +38,22 @@ _KINDS = {"addmm": "conv1d", "mm": "matmul"}
 WeakTensor = weakref.ref[Tensor]
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What is known of hidden states that left a graph.
+
+    version  of the tensor, when it left
+    types    [B, T] int32; None in a dry run
+    graph    the one that they left
+    claims   who said so, each with its graph, first to last
+    """
+
+    version: int
+    types: Tensor | None
+    graph: GraphRecord
+    claims: tuple[tuple[GraphRecord, str], ...]
+
+
 @dataclass(eq=False)
 class GraphRecord:
     """One compiled graph, or one more set of weights that it was called with. Weights are held weakly.
@@ -46,7 +62,7 @@ class GraphRecord:
     groups    by the names of their Linears in ``linears``
     graph     its facts as a graph; names of Linears are filled in later
     sources   who said which types the tokens have, in the calls so far: the argument that holds them, "ids",
-              "handed in", "an earlier graph" or "unknown", and that graph
+              "handed in", "an earlier graph" or "unknown", and what that graph recorded
     others    parameters that other operations read, with the operation
     origin    the record of the graph, if this is one more set of weights
     model     the outermost module that was called
@@ -57,7 +73,7 @@ class GraphRecord:
     config: QuantConfig
     packer: Packer
     graph: GraphReport = field(default_factory=lambda: GraphReport(0))
-    sources: dict[tuple[str, str], GraphRecord | None] = field(default_factory=dict)
+    sources: dict[tuple[str, str], Recorded | None] = field(default_factory=dict)
     others: list[tuple[WeakTensor, str]] = field(default_factory=list)
     origin: GraphRecord | None = None
     model: weakref.ref[nn.Module] | None = None
@@ -126,9 +142,10 @@ class GraphRecord:
         groups = [] if problem is not None else groups
         return replace(self, linears=rows, groups=groups, origin=self.origin or self)
 
-    def notice(self, tokens: str, source: str, graph: GraphRecord | None = None) -> None:
+    def notice(self, tokens: str, source: str, recorded: Recorded | None = None) -> None:
         """In one call, this is who said which types some tokens have."""
-        self.sources[tokens, source] = graph
+        # Only the words are kept: the types would hold memory.
+        self.sources[tokens, source] = recorded and replace(recorded, types=None)
 
     def held_by(self, runner: Callable[..., Any]) -> None:
         """The record goes when torch drops the compiled graph."""

@@ -20,12 +20,12 @@ from .bindings import Binding, Bindings
 from .config import QuantConfig
 from .errors import ConfigError
 from .profiler_names import named_graph
-from .report_log import GraphRecord
+from .report_log import Recorded
 from .token_types import TokenTypes, check_type_range, explicit_types
 
-# Hidden states that left a graph -> (their version, the types of their tokens, the graph's record).
+# Hidden states that left a graph -> ``Recorded``.
 _recorded: WeakIdKeyDictionary = WeakIdKeyDictionary()
-# The same of a dry run, which knows no types: (version, record).
+# The same of a dry run, which knows no types.
 _left_dry: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # Type tensors whose numbers are known to be in range, by version: checking waits for the device, so it is done once.
 _checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -43,7 +43,7 @@ class _Root(Protocol):
 class _Trailing(Protocol):
     feeds: list[tuple[Any, ...]]
     roots: list[Any]  # of _Root
-    recorded: list[tuple[int, list[Any]]]
+    recorded: list[tuple[int, list[Any], list[str]]]
     num_outputs: int
 
 
@@ -58,6 +58,10 @@ class Runner:
     config: QuantConfig
     label: str
     _warned: bool = field(default=False, init=False)
+
+    @property
+    def _kept(self) -> WeakIdKeyDictionary:
+        return _recorded
 
     def __call__(self, *args: Any) -> Any:
         binding = self.bindings.of(args)
@@ -82,7 +86,7 @@ class Runner:
                 if found is None and explicit_types() is None:
                     unknown.append(what)
                 extra.append(
-                    _no_types(what.shape(args), what.device) if found is None else found[0]
+                    _no_types(what.shape(args), what.device) if found is None else found.types
                 )
         if any(root.is_needed for root in unknown):
             self._warn_default()
@@ -91,14 +95,31 @@ class Runner:
         if not self.trailing.recorded:
             return outputs
         own = outputs[: self.trailing.num_outputs]
-        for (position, roots), types in zip(
-            self.trailing.recorded, outputs[self.trailing.num_outputs :], strict=True
-        ):
-            # Types that rest on nothing must not be taken for known ones by the next graph.
-            if isinstance(own[position], Tensor) and not _among(roots, unknown):
-                version = _version(own[position])
-                _recorded[own[position]] = (version, types, self.bindings.report)
+        self._record(own, outputs[self.trailing.num_outputs :], unknown, args)
         return own
+
+    def _record(
+        self,
+        outputs: Sequence[Any],
+        types: Sequence[Tensor | None],
+        unknown: Sequence[_Root],
+        args: Sequence[Any],
+    ) -> None:
+        """Keep what is known of the hidden states that leave this graph, for the next one."""
+        graph = self.bindings.report
+        earlier: list[Any] = []
+        for root in self.trailing.roots:
+            if not root.is_ids and (found := self._recorded(root, args)) is not None:
+                earlier += found.claims
+        for (position, roots, claims), of_output in zip(self.trailing.recorded, types, strict=True):
+            tensor = outputs[position]
+            # Types that rest on nothing must not be taken for known ones by the next graph.
+            if isinstance(tensor, Tensor) and not _among(roots, unknown):
+                own = [(graph, claim) for claim in claims]
+                if explicit_types() is not None:
+                    own.append((graph, "token_types()"))
+                told = tuple(dict.fromkeys([*earlier, *own]))
+                self._kept[tensor] = Recorded(_version(tensor), of_output, graph, told)
 
     def _notice(self, root: _Root, args: Sequence[Any]) -> None:
         """Tell the report who says which types the tokens of a root have."""
@@ -109,7 +130,7 @@ class Runner:
         elif root.is_ids:
             report.notice(root.name, "ids")
         elif (found := self._recorded(root, args)) is not None:
-            report.notice(root.name, "an earlier graph", found[1])
+            report.notice(root.name, "an earlier graph", found)
         elif root.is_needed:
             report.notice(root.name, "unknown")
 
@@ -142,15 +163,15 @@ class Runner:
             _checked[types] = version
         return types.to(root.device)
 
-    def _recorded(
-        self, root: _Root, args: Sequence[Any]
-    ) -> tuple[Tensor | None, GraphRecord] | None:
-        """Types [B, T] int32 that an earlier graph recorded for the hidden states that come in, and that graph."""
+    def _recorded(self, root: _Root, args: Sequence[Any]) -> Recorded | None:
+        """What an earlier graph recorded for the hidden states that come in."""
         shape = root.shape(args)
         for holder in root.holders:
-            version, types, record = _recorded.get(args[holder], (None, None, None))
-            if version == _version(args[holder]) and tuple(types.shape) == shape:
-                return types, record
+            found = self._kept.get(args[holder])
+            if found is None or found.version != _version(args[holder]):
+                continue
+            if found.types is None or tuple(found.types.shape) == shape:
+                return found
         return None
 
     def _warn_default(self) -> None:
@@ -181,20 +202,12 @@ class DryRunner(Runner):
             if not known and self._recorded(root, args) is None:
                 unknown.append(root)
         outputs = self.original(*args)
-        for position, roots in self.trailing.recorded:
-            tensor = outputs[position]
-            if isinstance(tensor, Tensor) and not _among(roots, unknown):
-                _left_dry[tensor] = (_version(tensor), self.bindings.report)
+        self._record(outputs, [None] * len(self.trailing.recorded), unknown, args)
         return outputs
 
-    def _recorded(
-        self, root: _Root, args: Sequence[Any]
-    ) -> tuple[Tensor | None, GraphRecord] | None:
-        for holder in root.holders:
-            version, record = _left_dry.get(args[holder], (None, None))
-            if record is not None and version == _version(args[holder]):
-                return None, record
-        return None
+    @property
+    def _kept(self) -> WeakIdKeyDictionary:
+        return _left_dry
 
 
 def _among(roots: Sequence[_Root], others: Sequence[_Root]) -> bool:

@@ -92,9 +92,7 @@ def annotate_token_types(
                 linear.refusal = linear.refusal or reason("tower")
         elif isinstance(fact, TokenFact) and fact.layout and not fact.layout[-1]:
             linear.types = fact
-            claims = describe(fact.expr, config.token_types)
-            if config.sink is not None and any(r.sink_known for r in roots_of(fact.expr)):
-                claims.append("first position")
+            claims = claims_of(fact.expr, config)
             linear.state = "typed" if claims else "default"
             linear.type_source = _source(claims, fact.expr, config)
         elif isinstance(fact, (TokenFact, Lost)):
@@ -114,6 +112,14 @@ def _source(claims: list[str], expr: TypeExpr, config: QuantConfig) -> str:
     if not all(root.is_ids for root in roots_of(expr)):
         claims = [*claims, FROM_OUTSIDE]
     return "; ".join(claims)
+
+
+def claims_of(expr: TypeExpr, config: QuantConfig) -> list[str]:
+    """What a graph itself says about the types of some tokens; of two claims about one token the later wins."""
+    claims = describe(expr, config.token_types)
+    if config.sink is not None and any(r.sink_known for r in roots_of(expr)):
+        claims.append("first position")
+    return claims
 
 
 def describe(expr: TypeExpr, token_types: TokenTypes) -> list[str]:
@@ -172,8 +178,7 @@ class _Sweep:
         self._settle(target, fact)
         while op_name(target) in _VIEWS and isinstance(target.args[0], Node):
             target = target.args[0]
-            reason = f"tokens are written through a view of {target.name}"
-            self._settle(target, Lost(reason))
+            self._settle(target, Lost(f"tokens are written through a view of {target.name}"))
 
     def _visit(self, node: Node) -> Fact:
         if node in self.entries:

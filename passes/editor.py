@@ -60,15 +60,15 @@ class TrailingInputs:
                   packed weight) | ("explicit" or "recorded", ``RootInput``)
     transforms    of the dense Linears that were replaced, by that position
     roots         where tokens come in
-    recorded      for each added output: position of the original output whose types it holds, and the roots that it
-                  says nothing without
+    recorded      for each added output: position of the original output whose types it holds, the roots that it
+                  says nothing without, and what the graph says about them, in words
     num_outputs   outputs the graph had before
     """
 
     feeds: list[tuple[Any, ...]] = field(default_factory=list)
     transforms: dict[int, GroupTransform] = field(default_factory=dict)
     roots: list[RootInput] = field(default_factory=list)
-    recorded: list[tuple[int, list[RootInput]]] = field(default_factory=list)
+    recorded: list[tuple[int, list[RootInput], list[str]]] = field(default_factory=list)
     num_outputs: int = 0
 
 

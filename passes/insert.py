@@ -26,6 +26,7 @@ from freeact_fx.reasons import Reason
 from freeact_fx.reference import slice_of_token
 from freeact_fx.transform import GroupTransform, PackedLinear
 
+from .annotate import claims_of
 from .editor import Editor, aten
 from .node_facts import (
     TOKENS_KEY,
@@ -217,7 +218,8 @@ def _record_types(editor: Editor, types: TypeTensors) -> None:
             if isinstance(fact, TokenFact) and fact.layout and not fact.layout[-1]:
                 with editor.part_of("token_types", result):
                     added.append(types.of(fact, result, needed=False))
-                editor.trailing.recorded.append((position, types.rests_on(fact)))
+                claims = claims_of(fact.expr, types.config)
+                editor.trailing.recorded.append((position, types.rests_on(fact), claims))
     output.args = ((*results, *added),)
 
 

@@ -170,7 +170,7 @@ def test_ill_formed_token_types(make: Callable[[], TokenTypes], parts: tuple[str
         ("activation_bits", True, ("must be 4, 8 or 'e4m3', got True",)),
         ("activation_bits", [4], ("must be 4, 8 or 'e4m3', got [4]",)),
         ("token_types", "mask", ("must be a TokenTypes or its dict, got 'mask'", "mask_token(")),
-        ("plan", "shfit", ("must be one of single, shift", "got 'shfit'", "Did you mean 'shift'")),
+        ("plan", "shfit", ("must be one of single, shift", "got 'shfit'. Did you mean 'shift'?")),
         ("plan", None, ("must be one of single, shift", "got None")),
         ("memory_budget", 0.5, ("must be at least 1, got 0.5",)),
         ("memory_budget", "big", ("must be", "got 'big'")),
@@ -191,6 +191,11 @@ def test_impossible_values(field: str, value: Any, parts: tuple[str, ...]) -> No
     # The same through the options, where Dynamo puts its name in front.
     with pytest.raises(BackendCompilerFailed, match=message):
         compile_and_run(tiny_model(), masked_ids(), **{field: value})
+
+
+def test_a_question_ends_a_message() -> None:
+    with pytest.raises(ConfigError, match=r"Did you mean 'shift'\?$"):
+        QuantConfig(plan="shfit")
 
 
 def test_unknown_config_field() -> None:

@@ -246,6 +246,10 @@ def test_filter(llama: Path, tmp_path: Path) -> None:
     printed = freeact(*words, "--filter", "*.0.*_proj")
     assert "layers.0.mlp.up_proj" in printed
     assert "layers.1" not in printed
+    assert "shown: 7 of 15 Linears, --filter *.0.*_proj" in printed
+    assert "matches none of the model's 15 Linears, such as model.layers.0" in freeact(
+        *words, "--filter", "nothing", code=2
+    )
     assert len(json.loads(file.read_text())["linears"]) == 15
 
 
@@ -255,7 +259,7 @@ def test_strict_fails_for_what_nobody_asked_to_leave_alone(llama: Path, tmp_path
     (tmp_path / "config.json").write_text(json.dumps(config))
     printed = freeact("explain", tmp_path, "--no-weights", "--strict", code=1)
     assert "strict: model.layers.0.mlp.down_proj: in_features must be even" in printed
-    assert "strict: 2 Linears" in printed
+    assert "not as asked for: 2" in printed
 
 
 def test_inputs_from_a_file(llama: Path, tmp_path: Path) -> None:
@@ -265,7 +269,21 @@ def test_inputs_from_a_file(llama: Path, tmp_path: Path) -> None:
     torch.save(torch.arange(3), file)
     assert "must be keyword arguments" in freeact("explain", llama, "--inputs", file, code=2)
     file.write_bytes(b"nothing")
-    assert "torch.save wrote" in freeact("explain", llama, "--inputs", file, code=2)
+    printed = freeact("explain", llama, "--inputs", file, code=2)
+    assert "torch.save wrote" in printed
+    assert "weights_only" not in printed  # torch's advice to load what is not safe
+
+
+def test_what_does_not_go_together_is_said(llama: Path, tmp_path: Path) -> None:
+    words = ("explain", llama, "--no-weights")
+    assert "nothing to put there" in freeact(*words, "--device", "cuda", code=2)
+    for option in (("--mask-token-id", "64"), ("--token-types", "image:64")):
+        printed = freeact(*words, *option, code=2)
+        assert f"{option[0]}: ids of type" in printed
+        assert "must be below the model's vocab_size of 64, got 64" in printed
+    page = tmp_path / "not" / "there" / "report.html"
+    freeact(*words, "--html", page)
+    assert page.exists()
 
 
 def test_explain_of_a_converted_model_has_its_errors(converted: Path) -> None:
@@ -315,7 +333,9 @@ def test_diff_of_nonsense(tmp_path: Path) -> None:
     file.write_text("{")
     assert "not JSON" in freeact("explain", "--diff", file, file, code=2)
     file.write_text("{}")
-    assert "version must be" in freeact("explain", "--diff", file, file, code=2)
+    assert f"{file}: Report.from_dict: version must be" in freeact(
+        "explain", "--diff", file, file, code=2
+    )
     file.write_text("[]")
     assert "must hold a report, got a list" in freeact("explain", "--diff", file, file, code=2)
     assert "leave MODEL out" in freeact("explain", "model", "--diff", file, file, code=2)

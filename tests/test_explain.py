@@ -25,6 +25,7 @@ import freeact_fx
 from freeact_fx import Checkpoint, ConfigError, QuantConfig, Report, TokenTypes
 from freeact_fx.checkpoint import PackedEntry, fingerprint
 from freeact_fx.codegen import engine_ops
+from freeact_fx.compat import guard_in_short
 from freeact_fx.engines import engine_of
 from freeact_fx.model_report import FOLLOW, HAND_IN
 from freeact_fx.packing import _packed
@@ -365,7 +366,7 @@ def test_types_that_cross_a_graph_break(dry_run: bool) -> None:
     (entry,) = second.types_from
     assert (entry["source"], entry["graph"]) == ("an earlier graph", 0)
     assert report["second"].state == "typed"
-    assert "from graph 0" in report["second"].type_source
+    assert report["second"].type_source == f"input_ids == {MASK} -> masked (from graph 0)"
     assert "takes the types of" in str(report)
 
 
@@ -379,7 +380,7 @@ def test_types_that_no_one_knows() -> None:
     assert "7 Linears take every token for the default type 'unmasked'" in str(report)
     # That the first position is known does not make the others known.
     report = freeact_fx.explain(model, x, options=MASKED)
-    assert {r.type_source for r in report.quantized} == {"first position; default: unmasked"}
+    assert {r.type_source for r in report.quantized} == {"default: unmasked; first position"}
     assert {r.way_out for r in report.quantized} == {HAND_IN}
     assert "default type 'unmasked' is assumed in 1 graph for" in str(report)
 
@@ -415,6 +416,19 @@ def test_a_graph_that_was_compiled_again() -> None:
     assert first.compiled_again_because is None
     assert "size mismatch" in str(again.compiled_again_because)
     assert "compiled again x1" in str(freeact_fx.explain(run))
+
+
+def test_a_guard_in_one_line() -> None:
+    """As Dynamo words it where a number of the user's program is guarded."""
+    reason = (
+        "48/0: start_position == 3                       # height = x + start  # models/net.py:926 in go\n"
+        "User stack trace:\n  File ..."
+    )
+    assert (
+        guard_in_short(reason) == "48/0: start_position == 3 (net.py:926 in go: height = x + start)"
+    )
+    reason = "26/0: tensor 'x' size mismatch at index 1. expected 128, actual 32"
+    assert guard_in_short(reason) == reason
 
 
 def test_graphs_that_torch_dropped_are_not_in_the_report() -> None:

@@ -213,12 +213,15 @@ def test_a_click_shows_every_fact_of_a_linear(show: Open) -> None:
     ).click()
     text = facts(page)
     wanted = (
-        "model.layers.3.self_attn.k_proj|branch, typed|input_ids == 126336|masked; first position|4,096 × 4,096|"
+        "model.layers.3.self_attn.k_proj|branch, typed|4,096 × 4,096|"
         "oneDNN u8 x s8|qlinear|W4A4|33.6 MB|9.4 MB|16.8 MB|1.50 ms|2.50 ms|model.layers.3.self_attn.v_proj|"
         "64 × 64|unmasked 4,000, masked 3,800, first 12|branch ✓|1.3 %|Graph 0, before and after"
     )
     for part in wanted.split("|"):
         assert part in text
+    chain = page.locator("#facts .chain li")
+    assert chain.all_inner_texts() == ["input_ids == 126336", "masked", "first position"]
+    assert page.locator("#facts .chain li.start").count() == 2
     page.get_by_role("treeitem", name=re.compile("^lm_head")).locator(".row").click()
     assert "Left alone: listed in QuantConfig.skip" in facts(page)
     assert "Way out: take it out of QuantConfig.skip" in facts(page)
@@ -341,6 +344,27 @@ def test_what_deserves_attention_is_listed(show: Open) -> None:
 
 
 @pytest.mark.browser
+def test_breaks_of_one_cause_are_one_notice(show: Open) -> None:
+    """A vision-language model has dozens of them; where types crossed one is told."""
+    report = decoder_report()
+    for index in (2, 3):
+        crossed = {"tokens": "inputs_embeds", "source": "an earlier graph", "graph": 0}
+        graph = GraphReport(
+            index, f"graph {index}", (), 12, 0, "a call of print()", "x.size(1) == 16"
+        )
+        graph.types_from = (crossed,) if index == 3 else ()
+        report.graphs.append(graph)
+    page = show(report)
+    text = page.locator("#overview").inner_text()
+    assert "Graphs 0, 2, 3 end at the same break" in text
+    assert "Graphs 1, 2, 3 were compiled again" in text
+    assert text.count("a call of print()") == text.count("x.size(1) == 16") == 1
+    assert "Graph 3 takes its types from graph 0" in text
+    page.locator("#graphs").scroll_into_view_if_needed()
+    assert "inputs_embeds: graph 0" in page.locator("#graphs tbody").inner_text()
+
+
+@pytest.mark.browser
 def test_charts_show_errors_bytes_times_and_activations(show: Open) -> None:
     page = show(decoder_report())
     for section in ("errors", "costs", "activations"):
@@ -421,6 +445,8 @@ def test_more_than_a_thousand_linears_stay_quick(show: Open) -> None:
     start = time.perf_counter()
     page = show(report)
     assert time.perf_counter() - start < 20
+    tiles = page.locator(".tile strong")
+    assert all(t.evaluate("t => t.scrollWidth <= t.clientWidth") for t in tiles.all())
     start = time.perf_counter()
     page.fill("#row-filter", "down_proj")
     page.fill("#search", "layers.157.mlp.up_proj")

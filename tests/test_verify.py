@@ -18,7 +18,16 @@ from tiny_model import MASK, TinyModel, masked_ids, tiny_model
 from torch import Tensor, nn
 
 import freeact_fx
-from freeact_fx import Checkpoint, ConfigError, Finding, QuantConfig, TokenTypes, Verification, ops
+from freeact_fx import (
+    Checkpoint,
+    ConfigError,
+    Finding,
+    QuantConfig,
+    TokenTypes,
+    Verification,
+    compat,
+    ops,
+)
 from freeact_fx.passes import insert
 from freeact_fx.verification import Unchecked
 
@@ -361,11 +370,27 @@ def test_a_mutated_original_under_a_converted_model() -> None:
     assert "fingerprint" in str(result.findings[0])
 
 
+def wrong_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = insert._row
+    monkeypatch.setattr(insert, "_row", lambda e, table, types, default: row(e, table, None, 0))
+
+
+def wrong_lowering(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_wrongly(gm: Any, *args: Any) -> Callable[..., Any]:
+        return lambda *inputs: [t * 1.5 if t.is_floating_point() else t for t in gm(*inputs)]
+
+    monkeypatch.setattr(compat, "compile_with_inductor", compile_wrongly)
+
+
+def wrong_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_UNSIGNED_ZERO", 120)
+
+
 def test_a_fault_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     model, checkpoint = calibrated("auto")
     converted = copy.deepcopy(model)
     freeact_fx.convert(converted, checkpoint)
-    monkeypatch.setattr(ops, "_UNSIGNED_ZERO", 120)
+    wrong_engine(monkeypatch)
     for given in ({"dense": model}, {}):
         result = verify(converted, masked_ids(), checkpoint=checkpoint, **given)
         (finding,) = result.findings
@@ -377,8 +402,7 @@ def test_a_fault_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_fault_of_the_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bias of the default type for all tokens: every group by itself is right, the graph is not."""
     model, checkpoint = calibrated("shift")
-    row = insert._row
-    monkeypatch.setattr(insert, "_row", lambda e, table, types, default: row(e, table, None, 0))
+    wrong_passes(monkeypatch)
     result = verify(model, masked_ids(), checkpoint=checkpoint)
     assert {f.stage for f in result.findings} == {"passes"}, str(result)
     assert result.findings[0].place == "blocks.0.q"
@@ -390,12 +414,7 @@ def test_a_fault_of_the_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_fault_of_the_lowering(monkeypatch: pytest.MonkeyPatch) -> None:
-    from freeact_fx import compat
-
-    def compile_wrongly(gm: Any, *args: Any) -> Callable[..., Any]:
-        return lambda *inputs: [t * 1.5 if t.is_floating_point() else t for t in gm(*inputs)]
-
-    monkeypatch.setattr(compat, "compile_with_inductor", compile_wrongly)
+    wrong_lowering(monkeypatch)
     model, checkpoint = calibrated("shift")
     result = freeact_fx.verify(model, masked_ids(), checkpoint=checkpoint)
     (finding,) = result.findings
@@ -403,6 +422,31 @@ def test_a_fault_of_the_lowering(monkeypatch: pytest.MonkeyPatch) -> None:
     assert finding.place == "the graph with blocks.0.q"
     assert "a difference of 0.5" in finding.value
     assert "'bypass': ('lowering',)" in finding.way_out
+
+
+@pytest.mark.parametrize(
+    ("stage", "plant"),
+    [("passes", wrong_passes), ("lowering", wrong_lowering), ("engine", wrong_engine)],
+)
+def test_a_fault_goes_with_the_stage_that_is_bypassed(
+    stage: str, plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any call of ``torch.compile``; the other stages run as they are."""
+    model, checkpoint = calibrated("shift")
+    ids = masked_ids()
+
+    def run(*bypass: str) -> Tensor:
+        torch.compiler.reset()
+        options = {"checkpoint": checkpoint, "bypass": bypass}
+        with torch.no_grad():
+            return torch.compile(model, backend="freeact", options=options)(ids)
+
+    # Inductor's C++ is left out where it is not what is wrong.
+    others = () if stage == "lowering" else ("lowering",)
+    want = model(ids) if stage == "passes" else run("lowering")
+    plant(monkeypatch)
+    assert not torch.allclose(run(*others), want, atol=1e-3)
+    torch.testing.assert_close(run(*others, stage), want, rtol=1e-5, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- the result

@@ -301,24 +301,19 @@ def multiply_tiles(
                 even, odd = unpack_e4m3(packed)
             else:
                 even, odd = unpack_codes(packed)
+            # Waited for here and not a step later: tensor cores that read registers across the end of the loop's body
+            # make the assembler wait after each of their instructions (C7512). The other groups multiply meanwhile.
             if PROMOTED:
-                # One group adds while the other one multiplies.
                 of_step = gl.zeros((ROWS, BLOCK_M), gl.float32, layout)
                 of_step = warpgroup_mma(even, even_codes, of_step, use_acc=False, is_async=True)
                 of_step = warpgroup_mma(odd, odd_codes, of_step, is_async=True)
-                of_step = warpgroup_mma_wait(num_outstanding=0, deps=(of_step,))
-                mbarrier.arrive(empty.index(stage))
-                total += of_step
+                total += warpgroup_mma_wait(num_outstanding=0, deps=(of_step,))
             else:
                 total = warpgroup_mma(even, even_codes, total, is_async=True)
                 total = warpgroup_mma(odd, odd_codes, total, is_async=True)
-                # The two products of the step before are done; what they read may be overwritten.
-                total = warpgroup_mma_wait(num_outstanding=2, deps=(total,))
-                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=byte > first)
+                total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
+            mbarrier.arrive(empty.index(stage))
             step += 1
-        if not PROMOTED:
-            total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
         is_whole = True
         if SPLIT_K > 1:
             of_group = GROUPS * index + GROUP

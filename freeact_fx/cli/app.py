@@ -186,14 +186,17 @@ def explain(
         activations=activations or (),
         timed=time,
     )
-    if html is not None:
-        found.to_html(html)
     shown = found if pattern is None else without_others(found, pattern)
+    if html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        found.to_html(html)
     if not _write_json(json_file, found.to_dict()):
         console = output()
         console.print(
             shown if console.is_terminal else str(shown), soft_wrap=not console.is_terminal
         )
+        if pattern is not None:
+            say(f"shown: {len(shown.linears)} of {len(found.linears)} Linears, --filter {pattern}")
         if timings:
             print_group_times(timings)
         for path in (p for p in (html, json_file) if p is not None):
@@ -201,7 +204,7 @@ def explain(
     if strict and (problems := problems_of(found)):
         for name, reason in problems:
             notes().print(f"strict: {name}: {reason}")
-        notes().print(f"strict: {len(problems)} Linears are not as asked for")
+        notes().print(f"strict: Linears that are not as asked for: {len(problems)}")
         raise typer.Exit(1)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from freeact_fx.eligibility import matches
+from freeact_fx.errors import ConfigError
 from freeact_fx.report import LinearReport, Report
 from freeact_fx.report_table import folded
 
@@ -37,7 +38,6 @@ class WantedInputs:
     file: Path | None
 
     def make(self, model: nn.Module, source: Source, types: TokenTypes) -> dict[str, Any]:
-        from freeact_fx.errors import ConfigError
         from freeact_fx.model_inputs import load_batches, make_inputs
 
         if self.file is not None:
@@ -73,11 +73,14 @@ def explained(
 ) -> tuple[Report, list[GroupTiming]]:
     """The report, and the times of its groups if they were asked for; the report has these too."""
     import freeact_fx
-    from freeact_fx.errors import ConfigError
     from freeact_fx.timing import fill_times, num_tokens_of, time_groups
 
     if num_layers is not None and weights:
         raise ConfigError("--layers cuts a model that is built with --no-weights. Add that.")
+    if not weights and source.device != "cpu":
+        raise ConfigError(
+            f"--device {source.device}: with --no-weights there is nothing to put there. Leave one of them out."
+        )
     if not weights and source.is_converted:
         raise ConfigError(f"--no-weights: {source.model} is a converted model. Leave it out.")
     with working(f"loading {source.model}") as show:
@@ -118,8 +121,13 @@ def is_shown(name: str, pattern: str | None) -> bool:
 
 
 def without_others(report: Report, pattern: str) -> Report:
-    """The report of the Linears that a pattern matches."""
+    """The report of the Linears that a pattern matches. Raises ConfigError if none does."""
     linears = [row for row in report.linears if is_shown(row.name, pattern)]
+    if not linears:
+        example = f", such as {report.linears[0].name}" if report.linears else ""
+        raise ConfigError(
+            f"--filter {pattern}: matches none of the model's {len(report.linears)} Linears{example}."
+        )
     used = {row.group for row in linears}
     return replace(report, linears=linears, groups=[g for g in report.groups if g.name in used])
 

@@ -75,6 +75,19 @@ def _without_cache(model: nn.Module) -> nn.Module:
     return model
 
 
+def _in_vocabulary(option: str, types: TokenTypes, model: nn.Module) -> TokenTypes:
+    """The types, unless an id is one that the model has no embedding for: no token would ever be of that type."""
+    text: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    for token_type in types.types:
+        for token_id in token_type.token_ids:
+            if token_id >= text.vocab_size:
+                raise ConfigError(
+                    f"{option}: ids of type {token_type.name!r} must be below the model's vocab_size of "
+                    f"{text.vocab_size}, got {token_id}. Look it up in the tokenizer."
+                )
+    return types
+
+
 @dataclass(frozen=True)
 class Quantisation:
     """The options that say how a model is quantised."""
@@ -99,9 +112,11 @@ class Quantisation:
         if self.mask_token_id is not None and self.token_types is not None:
             raise ConfigError("--mask-token-id and --token-types: give one of them.")
         if self.mask_token_id is not None:
-            return TokenTypes.mask_token(self.mask_token_id)
+            types = TokenTypes.mask_token(self.mask_token_id)
+            return _in_vocabulary("--mask-token-id", types, model)
         if self.token_types is not None:
-            return parse_token_types(self.token_types, model.config)
+            types = parse_token_types(self.token_types, model.config)
+            return _in_vocabulary("--token-types", types, model)
         if self.loaded is not None:
             return self.loaded.config.token_types
         ours = (m.config.token_types for m in model.modules() if isinstance(m, FreeActLinear))

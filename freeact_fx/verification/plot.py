@@ -60,7 +60,14 @@ def plot(verification: Verification, path: str | Path) -> None:
     errors.axhline(verification.tolerance, color=_RED, linewidth=0.5)
     errors.set_yscale("log")
     errors.set_ylabel("relative error of outputs")
-    errors.legend(fontsize=8, ncols=3, loc="lower right")
+    # Above the axes: inside them it would lie on a line.
+    above: dict[str, Any] = {
+        "fontsize": 8,
+        "loc": "lower left",
+        "bbox_to_anchor": (0, 1),
+        "frameon": False,
+    }
+    errors.legend(ncols=3, **above)
     first = verification.first_culprit
     verdict = "ok" if first is None else f"first culprit: {first.place} ({first.stage})"
     figure.suptitle(f"{verification.model}: {verdict}", fontsize=11)
@@ -70,7 +77,7 @@ def plot(verification: Verification, path: str | Path) -> None:
         _line(types, values, f"{name} ({found.tokens} tokens)", None, "-", 1.0, marker)
     types.set_ylabel("local error by type")
     types.set_ylim(bottom=0)
-    types.legend(fontsize=8, ncols=4, loc="upper left")
+    types.legend(ncols=8, **above)
     types.set_xlabel("group, in the order of the model")
     ticks = _layer_starts(groups)
     types.set_xticks([at for at, _ in ticks], [label for _, label in ticks], fontsize=8)

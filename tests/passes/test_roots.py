@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -97,14 +98,20 @@ def test_the_vocabulary_is_told_from_other_tables(name: str, rows: int) -> None:
     assert recorder.facts["first"].type_source == "input_ids == 9 -> masked"
 
 
-def test_arguments_behind_a_wrapper_keep_their_names() -> None:
+@functools.wraps(given_positions)
+def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    return given_positions(self, *args, **kwargs)
+
+
+@functools.wraps(given_positions)
+def wrapped_with_itself(*args: Any, **kwargs: Any) -> Tensor:
+    return given_positions(*args, **kwargs)
+
+
+@pytest.mark.parametrize("forward", [wrapped, wrapped_with_itself])
+def test_arguments_behind_a_wrapper_keep_their_names(forward: Callable[..., Tensor]) -> None:
     """As Hugging Face wraps ``forward``: called by position, the arguments have no names in the graph."""
-
-    def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        return given_positions(self, *args, **kwargs)
-
-    wrapped.__wrapped__ = given_positions  # type: ignore[attr-defined]
-    seen, recorder = run(model_of(wrapped), ids(), POSITIONS)
+    seen, recorder = run(model_of(forward), ids(), POSITIONS)
     assert types_of(seen["first"]) == masked(ids())
     assert recorder.facts["first"].type_source == "input_ids == 9 -> masked"
 

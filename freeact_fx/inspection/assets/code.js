@@ -21,7 +21,7 @@ function renderGraphs() {
     el("th", { scope: "row" }, el("button", { type: "button", class: "link", on: { click: () => showInCode(graph.index) } }, `Graph ${graph.index}`)),
     el("td", {}, graph.label), el("td", {}, number(graph.linears.length)),
     el("td", {}, graph.num_nodes_after ? `${number(graph.num_nodes_before)} → ${number(graph.num_nodes_after)}` : number(graph.num_nodes_before)),
-    el("td", {}, (graph.types_from ?? []).map((place) => el("div", {}, `${place.tokens}: ${place.source}`))),
+    el("td", {}, (graph.types_from ?? []).map((place) => el("div", {}, `${place.tokens}: ${graphName(place)}`))),
     el("td", {}, graph.break_reason && el("div", {}, el("b", {}, "Break: "), graph.break_reason),
       graph.compiled_again_because && el("div", {}, el("b", {}, "Compiled again: "), graph.compiled_again_because),
       !graph.break_reason && !graph.compiled_again_because && "–"));

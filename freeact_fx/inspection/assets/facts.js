@@ -90,10 +90,13 @@ function callout(rows) {
 function typeFacts(rows) {
   const source = summary(rows.map((linear) => linear.type_source), String);
   if (!source) return el("div", { hidden: true });
-  const steps = source.split(" -> ");
+  // A sentence about lost types is no chain.
+  const claims = rows[0].state === "refused" ? [source] : source.split("; ");
+  const steps = claims.flatMap((claim) => claim.split(" -> ").map((step, i) => el("li", { class: i ? "" : "start" }, el("code", {}, step))));
   return el("section", {}, el("h3", {}, "Token types"),
     el("p", {}, summary(rows.map((linear) => STATES[stateOf(linear)]), String)),
-    el("ol", { class: "chain", "aria-label": "Where the types come from" }, steps.map((step) => el("li", {}, el("code", {}, step)))));
+    el("ol", { class: "chain", "aria-label": "Where the types come from" }, steps),
+    claims.length > 1 && el("p", { class: "hint" }, "Where several speak of a token, the later wins."));
 }
 
 function errorFacts(members) {

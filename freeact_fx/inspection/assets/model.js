@@ -56,6 +56,8 @@ function percent(x) {
   return x > 0 && x < 5e-5 ? "< 0.01 %" : `${(100 * x).toPrecision(x < 0.1 ? 2 : 3)} %`;
 }
 const milliseconds = (x) => `${x.toPrecision(3)} ms`;
+// Who said which types the tokens of an argument have.
+const graphName = (place) => (place.graph === undefined ? place.source : `graph ${place.graph}`);
 const plural = (n, word) => `${number(n)} ${word}${n === 1 ? "" : "s"}`;
 
 // ---------------------------------------------------------------- states, plans, errors

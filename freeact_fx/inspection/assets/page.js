@@ -47,6 +47,13 @@ const withBreaks = () => (report.graphs ?? []).filter((graph) => graph.break_rea
 const compiledAgain = () => (report.graphs ?? []).filter((graph) => graph.compiled_again_because);
 const breaksText = () => `${plural(withBreaks().length, "break")}, ${plural(compiledAgain().length, "recompile")}`;
 
+function alikeBy(rows, keyOf) {
+  const found = new Map();
+  for (const row of rows) found.set(keyOf(row), [...(found.get(keyOf(row)) ?? []), row]);
+  return [...found.values()];
+}
+const indices = (graphs) => graphs.map((graph) => graph.index).join(", ");
+
 // What a reader should know: [{level, text, detail, filter}]; the most serious first.
 function findings() {
   const found = [];
@@ -57,18 +64,16 @@ function findings() {
   if (byDefault) say("warn", `${plural(byDefault, "Linear")} planned for the default type “${report.default_type ?? typeNames[0]}”: no source of types in sight`, wayOut("default"), "default");
   const unknown = (report.graphs ?? []).filter((graph) => (graph.types_from ?? []).some((place) => place.source === "unknown"));
   if (unknown.length) say("warn", `Types unknown where tokens enter: ${unknown.map((graph) => `graph ${graph.index}`).join(", ")}`, "The default type was assumed there.");
-  for (const graph of withBreaks()) say("warn", `Graph ${graph.index} ends at a break`, graph.break_reason);
-  for (const graph of compiledAgain()) say("warn", `Graph ${graph.index} was compiled again`, graph.compiled_again_because);
-  for (const graph of report.graphs ?? [])
-    if ((graph.types_from ?? []).some((place) => place.source === "an earlier graph")) say("info", `Graph ${graph.index} takes its types from an earlier graph`, "They crossed a break.");
+  for (const alike of alikeBy(withBreaks(), (graph) => graph.break_reason))
+    say("warn", alike.length === 1 ? `Graph ${alike[0].index} ends at a break` : `Graphs ${indices(alike)} end at the same break`, alike[0].break_reason);
+  for (const alike of alikeBy(compiledAgain(), (graph) => graph.compiled_again_because))
+    say("warn", alike.length === 1 ? `Graph ${alike[0].index} was compiled again` : `Graphs ${indices(alike)} were compiled again`, alike[0].compiled_again_because);
+  const crossing = (graph) => (graph.types_from ?? []).find((place) => place.source === "an earlier graph");
+  for (const graph of (report.graphs ?? []).filter(crossing))
+    say("info", `Graph ${graph.index} takes its types from ${graphName(crossing(graph))}`, "They crossed a break.");
   const rare = [...groups.values()].filter((group) => group.rare_types?.length);
   if (rare.length) say("info", `Rare types in ${plural(rare.length, "group")}: ${[...new Set(rare.flatMap((group) => group.rare_types))].join(", ")}`, "Too few tokens were seen to fit anything to them alone.");
-  const reasons = new Map();
-  for (const linear of linears.filter(isLeftAlone)) {
-    const key = (linear.reason ?? "").replace(/\d+/g, "#");
-    reasons.set(key, [...(reasons.get(key) ?? []), linear]);
-  }
-  for (const alike of reasons.values())
+  for (const alike of alikeBy(linears.filter(isLeftAlone), (linear) => (linear.reason ?? "").replace(/\d+/g, "#")))
     say("info", `${plural(alike.length, "Linear")} left alone: ${alike[0].reason}`, alike[0].way_out ?? "", alike.length === 1 ? alike[0].name : alike[0].reason);
   return found;
 }
