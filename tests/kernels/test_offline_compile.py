@@ -232,7 +232,7 @@ def test_hopper_linear(tile: TileConfig, codes: torch.dtype, typed: bool) -> Non
     assert all(map(_left_in_registers, instructions))
     assert "cp.async.bulk.tensor" in compiled.ptx
     # Addresses, outside of the loop.
-    assert compiled.local_bytes <= (96 if is_e4m3 else 32)
+    assert compiled.local_bytes <= (96 if is_e4m3 else 176)
     assert compiled.registers * 128 * (tile.groups + 1) * tile.programs <= 65536
     assert (compiled.shared_bytes + 1024) * tile.programs <= 228 * 1024
 
