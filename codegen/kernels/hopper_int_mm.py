@@ -291,7 +291,7 @@ def multiply_tiles(
         index, first, last = part_of(item, num_even, BLOCK_K, SPLIT_K)
         tile_m, tile_n = tile_of(index, num_m, num_n, GROUP_M)
         total = gl.zeros((ROWS, BLOCK_M), gl.float32 if E4M3 else gl.int32, layout)
-        for byte in range(first, last, BLOCK_K):
+        for _byte in range(first, last, BLOCK_K):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
             packed = weight_ring.index(GROUPS * stage + GROUP).load(left)

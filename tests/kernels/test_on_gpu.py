@@ -342,7 +342,7 @@ def check(
     row, error = exact_row(x, prologue)
     tile = hopper_transform_tile(t.left.shape[0], t.right.shape[-1], prologue.kind)
     is_square = len(t.widths) == 1 and t.left.shape[0] == t.left.shape[1]
-    in_bf16 = HOPPER and is_square and tile is not None and qmax == 7
+    in_bf16 = HOPPER and is_square and tile is not None and qmax != 127
     codes_of(t, row, types, 1, qmax, error, in_bf16=in_bf16).check(codes, scale)
     operands = (t.shift, t.channel_scale, t.left, t.right, t.clip)
     wide = [None if o is None else o.double() for o in operands]
