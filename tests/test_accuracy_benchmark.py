@@ -172,6 +172,15 @@ def test_an_unfinished_last_line_is_no_row(tmp_path: Path) -> None:
         read_rows(file)
 
 
+def test_types_alone_are_measured_at_the_same_bytes() -> None:
+    rows = [*DLLM, row("dllm", "one type", 0, nll=2.5, kl=0.5)]
+    assert summarise(rows, {})["types_alone"]["dllm"]["against"] == "one type"
+    rows.append(row("dllm", "one type, same bytes", 0, nll=2.2, kl=0.1))
+    alone = summarise(rows, {})["types_alone"]["dllm"]
+    assert alone["against"] == "one type, same bytes"
+    assert (alone["nll"], alone["kl"]) == (pytest.approx(0.5), pytest.approx(0.5))
+
+
 def test_a_row_stands_only_for_its_own_key() -> None:
     old = {"model": "dllm", "seed": 0, "source": "a", "config": "c", "value": 1}
     rows = [old, old | {"value": 2}, old | {"source": "b", "value": 3}]
@@ -355,6 +364,35 @@ def test_lm_eval_is_no_dependency(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_masked_model_needs_its_mask() -> None:
     with pytest.raises(SystemExit, match="--mask-token-id is needed"):
         HubModel("a model", "dllm", "text.txt")
+
+
+@pytest.mark.parametrize("num", [1, 2, 3])
+def test_shards_are_all_rows_each_once(num: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[accuracy.Job] = []
+    monkeypatch.setattr(accuracy, "measure_all", lambda _, jobs, parts: measured.extend(jobs) or [])
+    monkeypatch.setattr(accuracy, "plot", lambda *_: None)
+    rows = "accuracy.py --models vlm gemma3 --parts nowhere.jsonl"
+    for index in range(num):
+        before = len(measured)
+        monkeypatch.setattr(sys, "argv", [*rows.split(), "--shard", f"{index}/{num}"])
+        accuracy.main()
+        assert len(measured) - before > 60 // num
+    assert len(set(measured)) == len(measured)
+    shards = set(measured)
+    measured.clear()
+    monkeypatch.setattr(sys, "argv", rows.split())
+    accuracy.main()
+    assert set(measured) == shards
+
+
+@pytest.mark.parametrize("words", ["2/2", "-1/2", "1", "a/b"])
+def test_a_shard_that_is_none(
+    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", f"--shard={words}"])
+    with pytest.raises(SystemExit):
+        accuracy.parse_arguments()
+    assert "--shard" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ the whole walk
