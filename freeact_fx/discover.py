@@ -27,7 +27,7 @@ from .config import QuantConfig
 from .errors import ConfigError
 from .fit import _fitted, _plans
 from .moments import FEW_TOKENS, GroupMoments
-from .observe import observed
+from .observe import fit_cost, observed
 from .progress import Progress
 from .spool import Batches, run
 from .statistics import GroupStatistics
@@ -285,7 +285,7 @@ def _predicted_gain(model: nn.Module, reader: Batches, config: QuantConfig, bar:
                 split.append(_least_error(statistics))
                 merged.append(_least_error(_without_last_type(statistics)))
                 statistics.release()
-                bar.step(bar.fitting, 1, f"predicting {statistics.names[0]}")
+                bar.step(bar.fitting, fit_cost(statistics), f"predicting {statistics.names[0]}")
     return 1 - sum(split) / max(sum(merged), 1e-30)
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import accuracy
+import accuracy_scoring
 import evaluation
 import pytest
 import torch
 from accuracy_hub import HubModel, lm_eval_scores
 from accuracy_methods import METHODS
-from accuracy_scoring import put_head_on, take_head_off
+from accuracy_scoring import Request, put_head_on, take_head_off
 from accuracy_summary import (
     fill_document,
     gap_closed,
@@ -347,6 +348,35 @@ def test_an_answer_is_appended_to_every_input_that_goes_by_token() -> None:
     assert batch.where.tolist() == [4, 5, 6]
     assert batch.targets.tolist() == [20, 21, 2]
     assert batch.items.tolist() == [0, 0, 0]
+
+
+def test_lm_eval_gets_the_float_model_with_its_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores by rows need it off; a task needs logits."""
+    save_tiny_model(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(" ".join(str(i % VOCABULARY) for i in range(4 * 512)))
+    hub = HubModel(str(tmp_path / "model"), "causal", str(tmp_path / "text.txt"))
+
+    def task(model: Any, *_: Any) -> dict[str, float]:
+        return {"lm_eval has a head": float(isinstance(model.lm_head, torch.nn.Linear))}
+
+    monkeypatch.setattr(accuracy_scoring, "lm_eval_scores", task)
+    request = Request(
+        "a model",
+        "float",
+        accuracy_scoring.source_digest("float"),
+        str(tmp_path),
+        "cpu",
+        "eager",
+        accuracy.Sizes(text_windows=1),
+        hub,
+        ("task",),
+    )
+    request.save(tmp_path)
+    accuracy_scoring.score_folder(tmp_path)
+    metrics = json.loads((tmp_path / "score.json").read_text())["metrics"]
+    assert metrics["lm_eval has a head"] == 1
 
 
 def test_lm_eval_has_no_masked_diffusion() -> None:
