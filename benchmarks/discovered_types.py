@@ -4,7 +4,8 @@
 
 The masked-diffusion model, once as if nobody had said which token is [MASK] and once with its types, and SmolLM2 on
 plain text. Every sixth layer is looked at. Each row is a split that was tried: its ids as text, the share of tokens,
-and by how much of itself the predicted error falls, under plan "auto" (with a branch), "shift" or "single".
+and by how much of itself the predicted error falls, under plan "auto" (with a branch), "shift" or "single". "[MASK],
+declared" is not found but given, for comparison.
 """
 
 from __future__ import annotations
@@ -13,13 +14,18 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from accuracy_models import MODELS, Sizes
+import torch
+from accuracy_models import MODELS, Batches, Sizes
 from measure import RESULTS, append_result
 from presentation import table
-from small_models import CACHE, load_tokenizer
+from small_models import CACHE, MASK_TOKEN, load_tokenizer
+from torch import nn
 
 import freeact_fx
 from freeact_fx import QuantConfig, TokenTypes
+from freeact_fx.discover import Split, predicted_gain
+from freeact_fx.progress import Progress
+from freeact_fx.spool import Batches as SpooledBatches
 
 CASES = {
     "dllm, no types": ("dllm", {"token_types": TokenTypes.single(), "sink": None}),
@@ -27,6 +33,13 @@ CASES = {
     "smollm2, no types": ("smollm2", {"sink": None}),
     "smollm2, its sink": ("smollm2", {}),
 }
+
+
+def declared_mask(model: nn.Module, batches: Batches, config: QuantConfig) -> Split:
+    gain = predicted_gain(model, SpooledBatches(batches), config, Progress(True))
+    ids = torch.cat([batch["input_ids"].flatten() for batch in batches])
+    share = float((ids == MASK_TOKEN).float().mean())
+    return Split("[MASK], declared", (MASK_TOKEN,), share, gain, False)
 
 
 def main() -> None:
@@ -54,7 +67,10 @@ def main() -> None:
                 token_types=spec.token_types, plan=plan, skip=("lm_head", *sizes.skipped_layers)
             )
             found = freeact_fx.discover_types(model, batches, replace(config, **changes))
-            for split in found.splits:
+            splits = list(found.splits)
+            if case == "dllm, no types":
+                splits.append(declared_mask(model, batches, replace(config, sink=None)))
+            for split in splits:
                 words = [tokenizer.decode([i]) for i in split.token_ids]
                 append_result(
                     args.out,

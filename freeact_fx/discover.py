@@ -1,8 +1,8 @@
 """Find a token type in the data: input ids whose activations are unlike those of all others.
 
 A type must be known at run time from the graph, so a cluster of activations is of use only as a set of input ids. Each
-id that occurs is described by what its tokens make of every group on average; 2-means parts the ids, and those of the
-smaller part that most tokens have become a type of their own::
+id that occurs is described by what its tokens make of every group on average; a half of the ids by 2-means, or one id,
+whichever is most unlike the rest, becomes a type of its own::
 
     one pass     sketches of every group's outputs [8], summed by id         -> 2-means -> at most ``most_ids`` ids
     another      moments with the new type, and, summed up, without it       -> predicted error of the best plan
@@ -94,12 +94,12 @@ def discover_types(
         reader.keep()
         while sum(split.accepted for split in splits) < most_types:
             sketches = _sketches(model, reader, config, bar)
-            ids, share = _smaller_part(sketches, config, most_ids)
+            ids, share = _most_unlike(sketches, config, most_ids)
             if not ids:
                 break
             name = f"found {len(splits) + 1}"
             types = TokenTypes((*config.token_types.types, TokenType(name, ids)))
-            gain = _predicted_gain(model, reader, replace(config, token_types=types), bar)
+            gain = predicted_gain(model, reader, replace(config, token_types=types), bar)
             splits.append(Split(name, ids, share, gain, gain >= least_gain))
             if not splits[-1].accepted:
                 break
@@ -220,23 +220,37 @@ def _ids_of(batch: Any) -> Tensor:
     )
 
 
-def _smaller_part(
+def _most_unlike(
     sketches: _Sketches, config: QuantConfig, most_ids: int
 ) -> tuple[tuple[int, ...], float]:
-    """The ids of the part with fewer tokens, most frequent first cut to ``most_ids``, and their share of the tokens."""
+    """The ids to part from the rest, and their share of the tokens; none if there is nothing to part.
+
+    Of either half of 2-means, cut to its ``most_ids`` most frequent ids, and each single id, the set whose mean sketch
+    differs most from that of the rest: by the variance between the two.
+    """
     ids, count, features = sketches.by_id()
     known = [config.token_types.index_of_id(token_id) is None for token_id in ids.tolist()]
     free = torch.tensor(known, dtype=torch.bool)
     ids, count, features = ids[free], count[free], features[free]
     if len(ids) < 2:
         return (), 0.0
-    part = two_means(features, count, config.seed)
-    if count[part].sum() > count[~part].sum():
-        part = ~part
-    order = count[part].argsort(descending=True, stable=True)[:most_ids]
-    chosen = ids[part][order]
-    share = float(count[part][order].sum()) / sketches.num_tokens
-    return tuple(sorted(chosen.tolist())), share
+    half = two_means(features, count, config.seed)
+    frequent = count.argsort(descending=True, stable=True)
+    sets = [frequent[half[frequent] == side][:most_ids] for side in (True, False)]
+    sets += list(torch.arange(len(ids)).split(1))
+    total = count.sum()
+    mean = (features * count.unsqueeze(1)).sum(0) / total
+
+    def between(chosen: Tensor) -> float:
+        weight = count[chosen]
+        if not weight.sum() < total:
+            return 0.0
+        away = ((features[chosen] - mean) * weight.unsqueeze(1)).sum(0)
+        return float(away.square().sum() / weight.sum() / (total - weight.sum()))
+
+    chosen = max(sets, key=between)
+    share = float(count[chosen].sum()) / sketches.num_tokens
+    return tuple(sorted(ids[chosen].tolist())), share
 
 
 def two_means(points: Tensor, weight: Tensor, seed: int) -> Tensor:
@@ -276,8 +290,8 @@ def two_means(points: Tensor, weight: Tensor, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def _predicted_gain(model: nn.Module, reader: Batches, config: QuantConfig, bar: Progress) -> float:
-    """Part of the predicted error that the last of the config's types takes off, of all groups alike."""
+def predicted_gain(model: nn.Module, reader: Batches, config: QuantConfig, bar: Progress) -> float:
+    """Part of the predicted error that the last of the config's declared types takes off, of all groups alike."""
     split, merged = [], []
     with observed(model, config, None, lambda linears: False) as observers:
         while not observers.groups or observers.is_waiting:
