@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -544,3 +545,45 @@ def test_compiled_model_agrees_with_the_cpu(
         for _ in range(3):  # the third replays the CUDA graph
             got = fast(ids.to(GPU)).float().cpu()
     assert torch.linalg.norm(got - want) < 0.05 * torch.linalg.norm(want)
+
+
+# ------------------------------------------------------------------ checkpoints
+
+
+@pytest.mark.parametrize("plan", ["single", "shift", "duplicate", "branch"])
+def test_a_checkpoint_made_on_the_cpu(plan: str, tmp_path: Path) -> None:
+    """Loaded on the GPU it is the same codes of weights, bit for bit, and makes the same codes of activations.
+
+    The transform's own rounding, in 16 bits, decides where a value is about half-way between two codes: that may be at
+    most 2 % of them, each by one.
+    """
+    config = QuantConfig(plan=plan, token_types=TokenTypes.mask_token(60), memory_budget=1.5)
+    model = Block(512, 1024).eval()
+    batches = [torch.randint(0, 64, (4, 128)) for _ in range(2)]
+    made = freeact_fx.calibrate(model, batches, config, progress=False)
+    made.save(tmp_path)
+    loaded = freeact_fx.Checkpoint.load(tmp_path)
+    assert loaded == made
+    freeact_fx.convert(model.to(GPU), loaded)
+    for name, entry in made.linears.items():
+        assert torch.equal(model.get_buffer(f"{name}.weight_packed").cpu(), entry.packed.weight)
+    x = torch.randn(300, 512).bfloat16()
+    types = torch.randint(-1, config.num_types, (300,), dtype=torch.int32)
+    t = loaded.groups["gate"]
+    rows = (t.shift, t.channel_scale, t.left, t.right, t.clip, t.lowrank)
+    static = (t.widths, t.slice_of_type, 0)
+    codes, scale, _ = reference.transform_quantize(
+        x.float(), types, *rows, *static, t.own_rank, config.qmax
+    )
+    operands = [None if o is None else o.to(GPU) for o in rows]
+    lists = (list(t.widths), list(t.slice_of_type), 0)
+    if t.lowrank is None:
+        got = ops.transform_quantize(x.to(GPU), types.to(GPU), *operands[:-1], *lists, config.qmax)
+    else:
+        got = ops.transform_quantize_branch(
+            x.to(GPU), types.to(GPU), *operands, *lists, t.own_rank, config.qmax
+        )
+    difference = (got[0].cpu().int() - codes.int()).abs()
+    assert int(difference.max()) <= 1
+    assert float((difference != 0).float().mean()) <= 0.02
+    assert torch.allclose(got[1].cpu(), scale, rtol=0.01)
