@@ -11,7 +11,8 @@ makes out of plain ops) are reordered in front of the product.
 On Hopper ``fuse_linear`` makes one ``engine_linear`` of a product with its scales and its bias table. Elsewhere, and
 where something else is among them, they stay pointwise ops that Inductor makes the epilogue of the product's template.
 
-``fold_prologue`` puts norms and activations into the transforms.
+Under ``mode="max-autotune"`` the tiles of the ``engine_linear``s are measured (``tune_linear``). ``fold_prologue`` puts
+norms and activations into the transforms.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor_config
 from torch.fx import Graph, Node
 
 from .engine_ops import has_kernels, takes_codes
 from .fold_prologue import fold_activations, fold_norms
 from .fuse_linear import fuse_linear
+from .tune_linear import tune_linears
 
 aten, prims = torch.ops.aten, torch.ops.prims
 freeact = torch.ops.freeact
@@ -56,6 +59,8 @@ def use_engine_ops(graph: Graph) -> None:
             _mark(graph, output)
     graph.eliminate_dead_code()
     fold_norms(graph)
+    if inductor_config.max_autotune:
+        tune_linears(graph)
     graph.lint()
 
 

@@ -119,8 +119,8 @@ def choose_tile(
 # and types of its tokens spill registers.
 _HOPPER_TILES = (
     (TileConfig(128, 256, 64, num_stages=5, group_m=16), 1.0),
-    (TileConfig(128, 192, 64, num_stages=6, group_m=16, groups=3), 0.95),
-    (TileConfig(128, 128, 64, num_stages=6, group_m=16), 0.83),
+    (TileConfig(128, 192, 64, num_stages=6, group_m=16, groups=3), 0.97),
+    (TileConfig(128, 128, 64, num_stages=6, group_m=16), 0.87),
     (TileConfig(64, 128, 128, num_stages=5, group_m=16), 0.75),
     (TileConfig(64, 128, 128, num_stages=3, group_m=16, programs=2), 0.75),
     (TileConfig(16, 128, 128, num_stages=6, group_m=16), 0.25),
@@ -129,7 +129,7 @@ _HOPPER_TILES = (
 _SPLITS = (1, 2, 4, 8)
 # Microseconds on an H100: a tile of 128 x 256 over 4096 codes; what a program spends besides on a part of a tile, and
 # on each byte of its sums; a byte of weights.
-_TILE_US, _PART_US, _SUM_BYTE_US, _WEIGHT_BYTE_US = 24.0, 1.0, 8e-5, 1 / 3e6
+_TILE_US, _PART_US, _SUM_BYTE_US, _WEIGHT_BYTE_US = 21.0, 1.0, 8e-5, 1 / 3e6
 
 
 # Whether e4m3 products are added up in fp32 step by step. Exact for integer codes, and small products stay in the sum
@@ -153,9 +153,9 @@ def hopper_tiles(num_codes: int, *, promoted: bool = False) -> list[tuple[TileCo
     ]
 
 
-def is_legal_for_hopper(tile: TileConfig, num_codes: int) -> bool:
+def is_legal_for_hopper(tile: TileConfig, num_codes: int, *, promoted: bool = False) -> bool:
     """Whether a tile is one of that kernel's, and its steps over a number of codes are whole."""
-    return any(tile == legal for legal, _ in hopper_tiles(num_codes))
+    return any(tile == legal for legal, _ in hopper_tiles(num_codes, promoted=promoted))
 
 
 def choose_hopper_tile(
@@ -166,22 +166,33 @@ def choose_hopper_tile(
     *,
     promoted: bool = False,
 ) -> TileConfig:
-    """The tile of the kernel with its own copying warp; ``num_warps`` is that of one of its groups.
+    """The tile of the kernel with its own copying warp that is predicted to be fastest; ``num_warps`` is that of one
+    of its groups.
 
     promoted  as for ``hopper_tiles``
     """
-
-    def time_us(tile: TileConfig, speed: float) -> float:
-        size = tile.block_m * tile.block_n
-        parts = -(-num_tokens // tile.block_m) * -(-num_outputs // tile.block_n) * tile.split_k
-        each = _TILE_US * size / (128 * 256) * num_codes / 4096 / tile.split_k / speed
-        rounds = -(-parts // num_multiprocessors)
-        least = num_outputs * num_codes / 2 * _WEIGHT_BYTE_US
-        summing = rounds * (_PART_US + 4 * size * _SUM_BYTE_US) if tile.split_k > 1 else 0.0
-        return max(rounds * each, least) + summing
-
+    shape = num_tokens, num_outputs, num_codes, num_multiprocessors
     tiles = hopper_tiles(num_codes, promoted=promoted)
-    return min(tiles, key=lambda pair: time_us(*pair))[0]
+    return min((t for t, _ in tiles), key=lambda tile: predicted_us(tile, *shape))
+
+
+def predicted_us(
+    tile: TileConfig,
+    num_tokens: int,
+    num_outputs: int,
+    num_codes: int,
+    num_multiprocessors: int = 132,
+) -> float:
+    """Microseconds on an H100 but for what all tiles take alike: rounds of tiles, or reading the weights."""
+    speed = next(s for t, s in _HOPPER_TILES if t == replace(tile, split_k=1))
+    size = tile.block_m * tile.block_n
+    parts = -(-num_tokens // tile.block_m) * -(-num_outputs // tile.block_n) * tile.split_k
+    each = _TILE_US * size / (128 * 256) * num_codes / 4096 / tile.split_k / speed
+    rounds = -(-parts // num_multiprocessors)
+    # A tile with more tokens than there are multiplies zeros, which still takes its time, if little of it.
+    reading = num_outputs * num_codes / 2 * _WEIGHT_BYTE_US * (1 + tile.block_m / 1024)
+    summing = rounds * (_PART_US + 4 * size * _SUM_BYTE_US) if tile.split_k > 1 else 0.0
+    return max(rounds * each, reading) + summing
 
 
 def fits_hopper(num_codes: int, num_outputs: int, output_bytes: int) -> bool:

@@ -42,6 +42,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from freeact_fx.codegen.tiles import PROMOTED, TileConfig, choose_hopper_tile
+from freeact_fx.codegen.tuning import gpu_name, known_tile, problem_of
 
 from .int_mm import partial_dtype
 from .launch import allow_next_kernel, counters, wait_for_previous_kernel
@@ -579,7 +580,8 @@ def hopper_linear(
     bias_table    [P, N] fp32, or None
     token_type    [M] integers, or None: all tokens are ``default_type``
     slice_sizes   columns of each slice, even numbers
-    tile          None: ``choose_hopper_tile``; must be legal for the shape, ``tiles.fits_hopper``
+    tile          None: the fastest that was measured (``tuning``), else ``choose_hopper_tile``; must be legal for the
+                  shape, ``tiles.fits_hopper``
     promoted      e4m3: True keeps the products of integers exact; None: ``tiles.PROMOTED``
 
     Returns [M, N] of ``dtype``.
@@ -591,6 +593,10 @@ def hopper_linear(
     num_multiprocessors = _num_multiprocessors(codes.device)
     if promoted is None:
         promoted = PROMOTED and codes.dtype != torch.int8
+    if tile is None:
+        tile = known_tile(
+            problem_of(num_tokens, num_outputs, slice_sizes, codes.dtype), gpu_name(codes.device)
+        )
     tile = tile or choose_hopper_tile(
         num_tokens, num_outputs, num_codes, num_multiprocessors, promoted=promoted
     )

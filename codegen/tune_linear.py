@@ -1,0 +1,90 @@
+"""Measure which tile a Linear is fastest with on this GPU: for ``mode="max-autotune"``, and for shipped defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph
+
+from freeact_fx.reference import pack_int4
+
+from .engine_ops import E4M3, is_hopper
+from .tiles import PROMOTED, TileConfig, hopper_tiles, predicted_us
+from .tuning import Problem, gpu_name, problem_of, tune
+
+# Of the tiles whose time is predicted to be shortest; the prediction is seldom off by more than a half.
+_NUM_MEASURED = 8
+
+
+def tune_linears(graph: Graph) -> None:
+    """Measure, once per machine, for every ``engine_linear`` of a graph and the number of tokens of its first call."""
+    for node in graph.nodes:
+        if node.target is not torch.ops.freeact.engine_linear.default:
+            continue
+        codes: Any
+        weight: Any
+        codes, _, weight = (n.meta["val"] for n in node.args[:3])
+        if is_hopper(codes.device):
+            num_tokens = 1
+            for size in codes.shape[:-1]:
+                num_tokens *= size.node.hint if isinstance(size, torch.SymInt) else size
+            slices = node.args[6]
+            tune_linear(num_tokens, weight.shape[0], slices, codes.dtype, codes.device)
+
+
+def tune_linear(
+    num_tokens: int,
+    num_outputs: int,
+    slice_sizes: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> TileConfig:
+    """The fastest tile for a Linear's bucket of tokens, measured if it is not known.
+
+    slice_sizes  codes of each slice of K
+    dtype        of the codes: int8 or float8_e4m3fn
+    """
+    problem = problem_of(num_tokens, num_outputs, slice_sizes, dtype)
+    promoted = PROMOTED and dtype == E4M3
+    tiles = [tile for tile, _ in hopper_tiles(problem.num_codes, promoted=promoted)]
+    tiles.sort(
+        key=lambda tile: predicted_us(tile, problem.num_tokens, num_outputs, problem.num_codes)
+    )
+    call = _Call(problem, slice_sizes, dtype, device)
+    return tune(problem, gpu_name(device), tiles[:_NUM_MEASURED], call.time_us)
+
+
+class _Call:
+    """A Linear on random operands, as many types as slices, in runs of one type."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        slice_sizes: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        m, n, k = problem.num_tokens, problem.num_outputs, problem.num_codes
+        num_types = max(2, len(slice_sizes))
+        codes = torch.randint(-7, 8, (m, k), device=device).to(dtype)
+        weight = pack_int4(torch.randint(-7, 8, (n, k), device=device).to(torch.int8))
+        scale, weight_scale = (
+            torch.rand(m, device=device),
+            torch.rand(len(slice_sizes), n, device=device),
+        )
+        table = torch.randn(num_types, n, device=device)
+        types = torch.randint(0, num_types, (m,), device=device, dtype=torch.int32).sort()[0]
+        slice_of_type = [min(t, len(slice_sizes) - 1) for t in range(num_types)]
+        self._operands = (codes, scale, weight, weight_scale, table, types)
+        self._static = (list(slice_sizes), slice_of_type, 0, torch.bfloat16)
+
+    def time_us(self, tile: TileConfig) -> float:
+        """Median over calls with a cold L2 cache."""
+        from triton.testing import do_bench
+
+        from .kernels.hopper_int_mm import hopper_linear
+
+        call = lambda: hopper_linear(*self._operands, *self._static, tile)  # noqa: E731
+        return 1e3 * float(do_bench(call, warmup=5, rep=25, return_mode="median"))
