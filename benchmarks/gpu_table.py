@@ -3,6 +3,7 @@
     python benchmarks/gpu_table.py --out FILE                      # everything
     python benchmarks/gpu_table.py --out FILE --part linear down   # some parts or keys, merged into FILE
     python benchmarks/gpu_table.py --list                          # parts, keys and rows
+    python benchmarks/gpu_table.py --out FILE --merge OTHER ...    # rows measured elsewhere at the same time
     python benchmarks/gpu_table.py --out FILE --show --plot roofline.png --docs docs/gpu.md
 
 FILE is ``{"environment": {...}, "ratios": {key: {"value", "rows": [...]}}}``. It is written after every row, so a
@@ -49,14 +50,18 @@ def open_table(path: Path, facts: Mapping[str, Any]) -> Table:
     if not path.exists():
         return {"environment": dict(facts), "ratios": {}}
     table: Table = json.loads(path.read_text())
+    _check(path, table, facts)
+    return table
+
+
+def _check(path: Path, table: Table, facts: Mapping[str, Any]) -> None:
     for name in _AGREE:
         old, new = table["environment"].get(name), facts[name]
         if old != new:
             raise TableError(
-                f"--out {path}: its rows are of {name} {old!r}, this run is of {new!r}, and rows of both cannot "
+                f"{path}: its rows are of {name} {old!r}, this run is of {new!r}, and rows of both cannot "
                 f"stand in one table. Move the file away, or name another."
             )
-    return table
 
 
 def add_row(table: Table, rows: Sequence[Row], row: Row, fields: Mapping[str, Any]) -> None:
@@ -71,6 +76,17 @@ def add_row(table: Table, rows: Sequence[Row], row: Row, fields: Mapping[str, An
     ratio["value"] = None if None in counted else worst(counted)
     ratio["bound"] = KEYS[row.key].bound
     ratio["missing"] = [r.label for r in wanted if found.get(r.label, {}).get("value") is None]
+
+
+def merge(table: Table, rows: Sequence[Row], others: Sequence[Path]) -> None:
+    """Add the rows of other tables. Raises TableError if one is of another environment."""
+    for path in others:
+        other: Table = json.loads(path.read_text())
+        _check(path, other, table["environment"])
+        for row in rows:
+            for fields in other["ratios"].get(row.key, {"rows": ()})["rows"]:
+                if fields["label"] == row.label:
+                    add_row(table, rows, row, fields)
 
 
 def is_met(key: str, value: float) -> bool:
@@ -145,6 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the table, read if it exists")
     parser.add_argument("--part", nargs="+", metavar="NAME", help="parts or keys; default: all")
     parser.add_argument("--list", action="store_true", help="show parts, keys and rows")
+    parser.add_argument("--merge", type=Path, nargs="+", default=(), metavar="OTHER",
+                        help="measure nothing, add the rows of these tables")  # fmt: skip
     parser.add_argument("--show", action="store_true", help="measure nothing")
     parser.add_argument("--plot", type=Path, help="write the roofline there")
     parser.add_argument("--docs", type=Path, help="fill the table of this Markdown file")
@@ -174,8 +192,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _act(args: argparse.Namespace, rows: Sequence[Row]) -> int:
     status = 0
-    if args.show:
+    if args.show or args.merge:
         table: Table = json.loads(args.out.read_text())
+        if args.merge:
+            merge(table, rows, args.merge)
+            write_json(args.out, table)
     else:
         if args.device == "cuda" and not torch.cuda.is_available():
             raise TableError("no CUDA device. Rehearse with: --device cpu --shapes tiny.")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph
 
 from freeact_fx.reference import pack_int4
@@ -16,6 +18,7 @@ from .tuning import Problem, gpu_name, problem_of, tune
 
 # Of the tiles whose time is predicted to be shortest; the prediction is seldom off by more than a half.
 _NUM_MEASURED = 8
+_NUM_REPLAYS = 11
 
 
 def tune_linears(graph: Graph) -> None:
@@ -57,7 +60,7 @@ def tune_linear(
 
 
 class _Call:
-    """A Linear on random operands, as many types as slices, in runs of one type."""
+    """A Linear on random operands: as many types as slices, in runs of one type; copies that keep each other cold."""
 
     def __init__(
         self,
@@ -68,23 +71,48 @@ class _Call:
     ) -> None:
         m, n, k = problem.num_tokens, problem.num_outputs, problem.num_codes
         num_types = max(2, len(slice_sizes))
-        codes = torch.randint(-7, 8, (m, k), device=device).to(dtype)
-        weight = pack_int4(torch.randint(-7, 8, (n, k), device=device).to(torch.int8))
-        scale, weight_scale = (
-            torch.rand(m, device=device),
-            torch.rand(len(slice_sizes), n, device=device),
-        )
-        table = torch.randn(num_types, n, device=device)
-        types = torch.randint(0, num_types, (m,), device=device, dtype=torch.int32).sort()[0]
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self._copies = max(1, -(-2 * cache // (m * k + n * k // 2 + 2 * m * n)))
+
+        def codes(rows: int) -> Tensor:
+            return torch.randint(-7, 8, (rows, k), device=device, dtype=torch.int8)
+
+        self._codes = [codes(m).to(dtype) for _ in range(self._copies)]
+        self._weights = [pack_int4(codes(n)) for _ in range(self._copies)]
+        self._scale = torch.rand(m, device=device)
+        self._weight_scale = torch.rand(len(slice_sizes), n, device=device)
+        self._table = torch.randn(num_types, n, device=device)
+        types = torch.randint(0, num_types, (m,), device=device, dtype=torch.int32)
+        self._types = types.sort()[0]
         slice_of_type = [min(t, len(slice_sizes) - 1) for t in range(num_types)]
-        self._operands = (codes, scale, weight, weight_scale, table, types)
         self._static = (list(slice_sizes), slice_of_type, 0, torch.bfloat16)
 
     def time_us(self, tile: TileConfig) -> float:
-        """Median over calls with a cold L2 cache."""
-        from triton.testing import do_bench
-
+        """Median over replays of a CUDA graph, in which the host's time to launch is not."""
         from .kernels.hopper_int_mm import hopper_linear
 
-        call = lambda: hopper_linear(*self._operands, *self._static, tile)  # noqa: E731
-        return 1e3 * float(do_bench(call, warmup=5, rep=25, return_mode="median"))
+        def run() -> None:
+            for codes, weight in zip(self._codes, self._weights, strict=True):
+                operands = (
+                    codes,
+                    self._scale,
+                    weight,
+                    self._weight_scale,
+                    self._table,
+                    self._types,
+                )
+                hopper_linear(*operands, *self._static, tile)
+
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        times = []
+        for _ in range(_NUM_REPLAYS):
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+        return 1e3 * statistics.median(times) / self._copies

@@ -149,6 +149,24 @@ def test_value_is_the_worst_row_and_waits_for_all() -> None:
     assert "incomplete" in describe(table)
 
 
+def test_tables_of_one_environment_are_merged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = []
+    for number, row in enumerate(row for row in ROWS if row.key == "memory"):
+        table: dict[str, Any] = {"environment": ENVIRONMENT, "ratios": {}}
+        add_row(table, ROWS, row, {"value": 0.25 + number / 100})
+        tables.append(tmp_path / f"{number}.json")
+        tables[-1].write_text(json.dumps(table))
+    first, second = map(str, tables)
+    assert gpu_table.main(["--out", first, "--merge", second]) == 0
+    assert json.loads(tables[0].read_text())["ratios"]["memory"]["value"] == 0.26
+    other = {"environment": {**ENVIRONMENT, "commit": "another"}, "ratios": {}}
+    tables[1].write_text(json.dumps(other))
+    assert gpu_table.main(["--out", first, "--merge", second]) == 2
+    assert "its rows are of commit 'another'" in capsys.readouterr().err
+
+
 def test_row_that_is_only_reported_does_not_count() -> None:
     table: dict[str, Any] = {"environment": ENVIRONMENT, "ratios": {}}
     key = "transform_vs_copy_wide"

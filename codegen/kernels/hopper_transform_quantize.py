@@ -226,6 +226,12 @@ def largest_of(even, odd):
     return gl.max(gl.reshape(larger_magnitude(even, odd), (size,)), 0)
 
 
+@gluon.constexpr_function
+def row_by_row(pairs, num_warps):
+    per_row = min(pairs // 2, 32)
+    return gl.BlockedLayout([1, 2], [32 // per_row, per_row], [num_warps, 1], [1, 0])
+
+
 @gluon.jit
 def store_codes(
     target,
@@ -235,16 +241,20 @@ def store_codes(
     D1: gl.constexpr,
     D2: gl.constexpr,
     QMAX: gl.constexpr,
+    num_warps: gl.constexpr,
 ):
     """Codes of the even or of the odd columns of a piece of Z, from pair FIRST of each row on."""
-    layout: gl.constexpr = z.type.layout
-    row = gl.arange(0, z.shape[0], gl.SliceLayout(1, layout))[:, None]
-    pair = FIRST + gl.arange(0, z.shape[1], gl.SliceLayout(0, layout))[None, :]
     if QMAX == 448:
         codes = to_e4m3(z, 1 / per_code)
     else:
         gl.static_assert(QMAX == 7)
         codes = to_int4(z, 1 / (14 * per_code))
+    if D2 % 16 != 0:
+        # Rows begin where a thread could not write its codes at once: exchanged, so that a warp's are side by side.
+        codes = gl.convert_layout(codes, row_by_row(z.shape[1], num_warps))
+    layout: gl.constexpr = codes.type.layout
+    row = gl.arange(0, z.shape[0], gl.SliceLayout(1, layout))[:, None]
+    pair = FIRST + gl.arange(0, z.shape[1], gl.SliceLayout(0, layout))[None, :]
     gl.store(target + row * (D2 // 2) + pair, codes, (row < D1) & (pair < D2 // 2))
 
 
@@ -553,11 +563,11 @@ def hopper_transform_quantize_kernel(
         per_code = larger(largest * clip / QMAX, SMALLEST)
         gl.store(scale_ptr + token, per_code)
         target = codes_ptr + token * K
-        store_codes(target, even_a, per_code, 0, D1, D2, QMAX)
-        store_codes(target + K // 2, odd_a, per_code, 0, D1, D2, QMAX)
+        store_codes(target, even_a, per_code, 0, D1, D2, QMAX, num_warps)
+        store_codes(target + K // 2, odd_a, per_code, 0, D1, D2, QMAX, num_warps)
         if COLUMNS_B > 0:
-            store_codes(target, even_b, per_code, COLUMNS // 2, D1, D2, QMAX)
-            store_codes(target + K // 2, odd_b, per_code, COLUMNS // 2, D1, D2, QMAX)
+            store_codes(target, even_b, per_code, COLUMNS // 2, D1, D2, QMAX, num_warps)
+            store_codes(target + K // 2, odd_b, per_code, COLUMNS // 2, D1, D2, QMAX, num_warps)
         token += gl.num_programs(0)
 
 
