@@ -256,7 +256,8 @@ def main() -> None:
     named = args.methods is not None or args.quick
     jobs = list(jobs_of(models, methods, args.formats, args.seeds, all_asked_for=named))
     benchmark = Benchmark(args, hub, chosen_sizes(args))
-    failed = [] if args.only_measured else measure_all(benchmark, jobs, args.parts)
+    mine = jobs[args.shard[0] :: args.shard[1]]
+    failed = [] if args.only_measured else measure_all(benchmark, mine, args.parts)
     measured = [row for file in args.parts for row in read_rows(file)]
     found = [find_row(measured, benchmark.key(job), any_source=args.any_source) for job in jobs]
     summary = summarise([row for row in found if row is not None], environment())
@@ -278,6 +279,14 @@ def chosen_sizes(args: argparse.Namespace) -> Sizes:
     return Sizes(**{**asdict(sizes), **{n: v for n, v in given.items() if v is not None}})
 
 
+def shard(text: str) -> tuple[int, int]:
+    """ "I/N" as two numbers, 0 <= I < N."""
+    index, num = map(int, text.split("/"))
+    if not 0 <= index < num:
+        raise ValueError(text)
+    return index, num
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -294,7 +303,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--compiler", choices=("inductor", "eager"), help="eager: the passes without Inductor")
     add("--cache", type=Path, default=CACHE, help="of base models and the float models' rows")
     add("--parts", type=Path, nargs="+", help="work files; the first is appended to")
-    add("--shard", default="0/1", metavar="I/N", help="measure every N-th row only, from I on")
+    add(
+        "--shard",
+        type=shard,
+        default=(0, 1),
+        metavar="I/N",
+        help="measure every N-th row only, from I on",
+    )
     add("--only-measured", action="store_true", help="measure nothing, sum up the work files")
     add(
         "--any-source",

@@ -96,7 +96,8 @@ def score_folder(folder: Path) -> None:
     facts: dict[str, Any] = {}
     options: dict[str, Any] = {"compiler": request.compiler}
     if METHODS[request.method].calibrate is None:
-        scores = score_sets(model, take_head_off(model, test_sets), test_sets)
+        head = take_head_off(model, test_sets)
+        scores = score_sets(model, head, test_sets)
     else:
         float_rows = kept_rows(model, test_sets, cache / "float-rows") if spec.with_kl else {}
         checkpoint = Checkpoint.load(folder)
@@ -106,7 +107,7 @@ def score_folder(folder: Path) -> None:
         scores = score_sets(compiled, head, test_sets, float_rows)
         report = freeact_fx.explain(compiled)
         facts["quantised"] = f"{len(report.quantized)} of {len(report.linears)} Linears"
-        put_head_on(model, head)
+    put_head_on(model, head)
     metrics = metrics_of(scores, spec)
     if request.lm_eval:
         if request.hub is None:

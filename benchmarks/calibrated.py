@@ -39,11 +39,14 @@ def package_sources() -> list[Path]:
 
 
 def dllm_checkpoint(
-    model: MaskedDiffusionModel, cache: Path = CACHE, num_windows: int = 32
+    model: MaskedDiffusionModel,
+    cache: Path = CACHE,
+    num_windows: int = 32,
+    config: QuantConfig = DLLM_CONFIG,
 ) -> Checkpoint:
     """Calibrated on windows of WikiText-2 and GSM8K with uniformly drawn mask ratios."""
     batches = dllm_calibration_batches(num_windows)
-    return _cached_checkpoint(model, batches, DLLM_CONFIG, "dllm", cache)
+    return _cached_checkpoint(model, batches, config, "dllm", cache)
 
 
 def vlm_checkpoint(

@@ -131,7 +131,10 @@ def main() -> None:
     parser.add_argument(
         "--cache", type=Path, default=CACHE, help="folder for the base and checkpoints"
     )
-    parser.add_argument("--calibration-windows", type=int, default=32, help="of 512 tokens")
+    parser.add_argument("--calibration-windows", type=int, default=16, help="of 512 tokens")
+    parser.add_argument(
+        "--thorough", action="store_true", help="calibrate with the default setting, not the quick"
+    )
     parser.add_argument(
         "--windows", type=int, default=12, help="of 512 tokens, to score on each text"
     )
@@ -144,9 +147,10 @@ def main() -> None:
     print(f"{facts['cpu']}, {facts['num_threads']} threads, torch {facts['torch']}")
 
     heading("Calibrate and convert")
+    config = DLLM_CONFIG if args.thorough else DLLM_CONFIG.quick()
     tokenizer = load_tokenizer(args.cache)
     dense = load_masked_diffusion(args.cache)
-    checkpoint = dllm_checkpoint(dense, args.cache, args.calibration_windows)
+    checkpoint = dllm_checkpoint(dense, args.cache, args.calibration_windows, config)
     data_free, calibrated = copy.deepcopy(dense), copy.deepcopy(dense)
     freeact_fx.convert(data_free, DLLM_CONFIG)
     freeact_fx.convert(calibrated, checkpoint)

@@ -69,8 +69,9 @@ def product_row(
     def ours(i: int, engine: str = OURS) -> Tensor:
         codes, weight = in_engine_order[engine][i], packed[i]
         if has_linear:
-            none = (None, None, 0)
-            return ops.engine_linear(codes, x_scale, weight, w_scale, *none, torch.bfloat16)
+            one_slice = (None, None, [k], [0], 0)
+            scales = (x_scale, weight, w_scale[None])
+            return ops.engine_linear(codes, *scales, *one_slice, torch.bfloat16)
         return (ops.engine_int_mm(codes, weight) * x_scale * w_scale).bfloat16()
 
     calls: dict[str, Callable[[int], Tensor]] = {

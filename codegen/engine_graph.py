@@ -8,8 +8,8 @@
 Codes in engine order live only between the two. Codes that come from elsewhere (a branch's transform, which Inductor
 makes out of plain ops) are reordered in front of the product.
 
-On Hopper a product with its scales and its bias table becomes one ``engine_linear``. Elsewhere, and where something
-else is among them, they stay pointwise ops that Inductor makes the epilogue of the product's template.
+On Hopper ``fuse_linear`` makes one ``engine_linear`` of a product with its scales and its bias table. Elsewhere, and
+where something else is among them, they stay pointwise ops that Inductor makes the epilogue of the product's template.
 
 ``fold_prologue`` puts norms and activations into the transforms.
 """
@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from .engine_ops import has_kernels, takes_codes, takes_linear
+from .engine_ops import has_kernels, takes_codes
 from .fold_prologue import fold_activations, fold_norms
+from .fuse_linear import fuse_linear
 
 aten, prims = torch.ops.aten, torch.ops.prims
 freeact = torch.ops.freeact
@@ -51,7 +52,7 @@ def use_engine_ops(graph: Graph) -> None:
     fold_activations(graph)
     for product in products:
         output = _output_of(product)
-        if output is not None and not _fuse_for_hopper(graph, product, output):
+        if output is not None and not fuse_linear(graph, product, output):
             _mark(graph, output)
     graph.eliminate_dead_code()
     fold_norms(graph)
@@ -76,51 +77,6 @@ def _output_of(product: Node) -> Node | None:
             return None if node.args[1] == torch.float32 else node
         if node.target not in (aten.mul.Tensor, aten.add.Tensor):
             return None
-    return None
-
-
-def _fuse_for_hopper(graph: Graph, product: Node, output: Node) -> bool:
-    """Make one op of what ``insert`` wrote: product, two scales, maybe a row of the bias table, cast."""
-    codes: Any
-    weight: Any
-    codes, weight = product.args
-    value: Tensor = codes.meta["val"]
-    dtype = output.meta["val"].dtype
-    if not takes_linear(value, weight.meta["val"], dtype):
-        return False
-    chain = [product]
-    while chain[-1] is not output:
-        chain.extend(chain[-1].users)
-    steps = chain[1:-1]
-    scales: list[Any] = [step.args[1] for step in steps[:2] if step.target is aten.mul.Tensor]
-    is_chain = all(step.args[0] is before for before, step in zip(chain, steps, strict=False))
-    if len(scales) != 2 or len(steps) > 3 or not is_chain:
-        return False
-    if scales[1].target is not aten.select.int or scales[1].meta["val"].dim() != 1:
-        return False
-    no_bias = (None, None, 0)
-    bias = _bias_of(steps[2]) if len(steps) == 3 else no_bias
-    if bias is None:
-        return False
-    with graph.inserting_before(output):
-        fused = graph.call_function(
-            freeact.engine_linear.default, (codes, scales[0], weight, scales[1], *bias, dtype)
-        )
-    fused.meta["val"] = output.meta["val"]
-    output.replace_all_uses_with(fused)
-    return True
-
-
-def _bias_of(add: Node) -> tuple[Any, Any, Any] | None:
-    """Table, types and default type of a row of the bias table that is added."""
-    row = add.args[1]
-    if add.target is not aten.add.Tensor or not isinstance(row, Node):
-        return None
-    table, where, *rest = row.args
-    if row.target is aten.select.int and where == 0:
-        return table, None, rest[0]
-    if row.target is aten.index.Tensor and isinstance(where, (list, tuple)) and len(where) == 1:
-        return table, where[0], 0
     return None
 
 

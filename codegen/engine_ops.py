@@ -133,7 +133,7 @@ def _transform_kernel(
     d1, d2 = left.shape[0], right.shape[-1]
     is_square = len(widths) == 1 and left.shape[1] == d1
     has_tile = hopper_transform_tile(d1, d2, prologue.kind) is not None
-    if qmax == 7 and is_square and has_tile and is_hopper(left.device):
+    if qmax in (7, 448) and is_square and has_tile and is_hopper(left.device):
         return hopper.hopper_transform_quantize
     return portable.transform_quantize
 
@@ -173,17 +173,20 @@ def engine_linear(
     weight_scale: Tensor,
     bias_table: Tensor | None,
     token_type: Tensor | None,
+    slice_sizes: Sequence[int],
+    slice_of_type: Sequence[int],
     default_type: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Product and epilogue in one: ``reference.epilogue`` for one slice and no branch.
+    """Product and epilogue in one: ``reference.epilogue`` without a branch.
 
-    codes         [..., K] int8 or e4m3 in engine order
+    codes         [..., K'] int8 or e4m3 in engine order, zeros outside of a token's slice
     scale         [..., 1] fp32
-    weight        [N, ceil(K / 8)] int32
-    weight_scale  [N] fp32
+    weight        [N, ceil(K' / 8)] int32
+    weight_scale  [S, N] fp32
     bias_table    [P, N] fp32, or None
     token_type    [...] integers, or None: all tokens are ``default_type``
+    slice_sizes   columns of each slice, even numbers; their sum is K'
 
     Returns [..., N] of ``dtype``. The kernel is for shapes that ``takes_linear`` and Hopper.
     """
@@ -197,19 +200,30 @@ def engine_linear(
             weight_scale.contiguous(),
             None if bias_table is None else bias_table.contiguous(),
             None if token_type is None else token_type.reshape(-1).contiguous(),
+            slice_sizes,
+            slice_of_type,
             default_type,
             dtype,
         )
         return out.view(*codes.shape[:-1], weight.shape[0])
-    y = engine_int_mm(codes, weight) * scale * weight_scale
-    if bias_table is not None:
-        y = y + reference.rows_of_type(bias_table, token_type, default_type)
-    return y.to(dtype)
+    return reference.epilogue(
+        engine_int_mm(codes, weight),
+        scale,
+        weight_scale,
+        bias_table,
+        None,
+        None,
+        None,
+        token_type,
+        slice_of_type,
+        default_type,
+        dtype,
+    )
 
 
 @engine_linear.register_fake
-def _(codes, scale, weight, weight_scale, bias_table, token_type, default_type, dtype):  # type: ignore[no-untyped-def]
-    return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=dtype)
+def _(codes, scale, weight, *rest):  # type: ignore[no-untyped-def]
+    return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=rest[-1])
 
 
 def is_hopper(device: torch.device) -> bool:

@@ -227,16 +227,16 @@ def transform_tile(d1: int, width: int, d2: int) -> TransformTile:
 
 @dataclass(frozen=True)
 class HopperTransformTile:
-    """The padded shape of one token in the transform for Hopper: [rows, columns].
+    """The padded shape of one token in the transform for Hopper: [rows, sum of columns].
 
-    rows_in             the rows of X that the first product sums over, in one or two powers of two; the second is 0 if
-                        there is one
+    columns             in one or two powers of two; the second is 0 if there is one
+    rows_in             the same of the rows of X, which the first product sums over
     registers           of a thread, at most
     per_multiprocessor  programs that a multiprocessor gets: what was fastest on an H100
     """
 
     rows: int
-    columns: int
+    columns: tuple[int, int]
     rows_in: tuple[int, int]
     num_warps: int
     registers: int
@@ -249,21 +249,29 @@ def hopper_transform_tile(d1: int, d2: int, prologue: str = "none") -> HopperTra
 
     prologue  ``Prologue.kind``
     """
-    rows, columns = _padded(d1), _padded(d2)
-    if not (64 <= rows <= 128 and 16 <= columns <= 128) or d2 % 2:
+    rows, columns = _padded(d1), _in_pieces(d2)
+    if not (64 <= rows <= 128 and 16 <= columns[0] <= 128) or d2 % 2:
         return None
-    if prologue == "gelu" and rows * columns > 64 * 64:  # the error function spills registers
+    size = rows * sum(columns)
+    if prologue == "gelu" and size > 64 * 64:  # the error function spills registers
         return None
-    rows_in = (rows, 0)
-    if rows == 128 and d1 <= 96:
-        rows_in = (64, _padded(d1 - 64))
-    is_plain = prologue == "none"
-    registers, programs = {
-        64 * 64: (96, 5) if is_plain else (128, 4),
-        64 * 128: (168, 3),
-        128 * 128: (168, 1) if is_plain else (255, 1),
-    }.get(rows * columns, (128, 2))
+    rows_in = (rows, 0) if columns[1] else _in_pieces(d1)
+    if size <= 64 * 64:
+        registers, programs = (96, 5) if prologue == "none" else (128, 4)
+    elif size <= 64 * 128:
+        registers, programs = 168, 3
+    else:
+        registers, programs = (168 if prologue == "none" and not columns[1] else 255), 1
     return HopperTransformTile(rows, columns, rows_in, rows // 16, registers, programs)
+
+
+def _in_pieces(size: int) -> tuple[int, int]:
+    """One power of two, or two where one would be padding for a quarter or more."""
+    whole = _padded(size)
+    half = whole // 2
+    if whole >= 128 and half < size <= half + half // 2:
+        return half, _padded(size - half)
+    return whole, 0
 
 
 def _padded(size: int) -> int:

@@ -17,6 +17,7 @@ from .checkpoint import Checkpoint
 from .config import QuantConfig
 from .convert import FreeActLinear, convert
 from .converted import load_converted, save_converted
+from .discover import DiscoveredTypes, discover_types
 from .errors import CheckpointError, ConfigError, UnsupportedLinear
 from .explain import explain
 from .mask_collator import MaskCollator
@@ -30,6 +31,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "ConfigError",
+    "DiscoveredTypes",
     "Finding",
     "FreeActLinear",
     "LinearReport",
@@ -42,6 +44,7 @@ __all__ = [
     "Verification",
     "calibrate",
     "convert",
+    "discover_types",
     "explain",
     "load_converted",
     "rewrite",

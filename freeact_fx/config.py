@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from .errors import ConfigError, nearest_name
@@ -13,6 +13,8 @@ from .token_types import TokenTypes
 
 PLANS = ("single", "shift", "paper", "duplicate", "branch")
 ActivationBits = Literal[4, 8, "e4m3"]
+# What QuantConfig.quick changes. A branch is what a group that is not given to all plans most likely ends up with.
+QUICK: Mapping[str, Any] = {"plan": "branch", "plans_measured": 1, "sample_tokens": 128}
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,14 @@ class QuantConfig:
             if key not in known:
                 raise ConfigError(f"QuantConfig: unknown field {key!r}.{nearest_name(key, known)}")
         return QuantConfig(**options)
+
+    def quick(self) -> QuantConfig:
+        """The same with a calibration that takes about a third of the time: plan "branch" in every group (the better
+        of its two kinds by prediction), in place of the best of all plans, on half of the sampled tokens.
+
+        Its outputs are hardly worse (docs/calibration.md); what is lost is that no group is worse than under "single".
+        """
+        return replace(self, **QUICK)
 
     @property
     def type_names(self) -> tuple[str, ...]:

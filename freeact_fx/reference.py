@@ -78,11 +78,12 @@ def rows_of_type(table: Tensor, token_type: Tensor | None, default_type: int) ->
 def slice_of_token(
     token_type: Tensor | None, slice_of_type: Sequence[int], default_type: int
 ) -> Tensor | int:
-    """The K slice each token uses; an int where all tokens use the same."""
+    """The K slice each token uses; an int where all tokens use the same. Type -1 is the last, as it is in tables."""
     if token_type is None or len(set(slice_of_type)) == 1:
         return slice_of_type[default_type]
-    index = torch.zeros_like(token_type)
-    for type_index, slice_index in enumerate(slice_of_type):
+    *others, last = slice_of_type
+    index = torch.full_like(token_type, last)
+    for type_index, slice_index in enumerate(others):
         index = torch.where(token_type == type_index, slice_index, index)
     return index
 

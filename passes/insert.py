@@ -194,8 +194,9 @@ def _weight_scale_row(
     if types is None or len(set(slice_of_type)) == 1:
         assert isinstance(fixed, int)
         return editor.call(aten.select.int, table, 0, fixed)
-    index = editor.call(aten.zeros_like.default, types)
-    for type_index, slice_index in enumerate(slice_of_type):
+    *others, last = slice_of_type
+    index = editor.call(aten.full_like.default, types, last)
+    for type_index, slice_index in enumerate(others):
         mask = editor.call(aten.eq.Scalar, types, type_index)
         index = editor.call(aten.where.ScalarSelf, mask, slice_index, index)
     return editor.call(aten.index.Tensor, table, [index])

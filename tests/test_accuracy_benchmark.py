@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import accuracy
+import accuracy_scoring
 import evaluation
 import pytest
 import torch
 from accuracy_hub import HubModel, lm_eval_scores
 from accuracy_methods import METHODS
-from accuracy_scoring import put_head_on, take_head_off
+from accuracy_scoring import Request, put_head_on, take_head_off
 from accuracy_summary import (
     fill_document,
     gap_closed,
@@ -170,6 +171,15 @@ def test_an_unfinished_last_line_is_no_row(tmp_path: Path) -> None:
     file.write_text('{"a": \n{"a": 2}\n')
     with pytest.raises(json.JSONDecodeError):
         read_rows(file)
+
+
+def test_types_alone_are_measured_at_the_same_bytes() -> None:
+    rows = [*DLLM, row("dllm", "one type", 0, nll=2.5, kl=0.5)]
+    assert summarise(rows, {})["types_alone"]["dllm"]["against"] == "one type"
+    rows.append(row("dllm", "one type, same bytes", 0, nll=2.2, kl=0.1))
+    alone = summarise(rows, {})["types_alone"]["dllm"]
+    assert alone["against"] == "one type, same bytes"
+    assert (alone["nll"], alone["kl"]) == (pytest.approx(0.5), pytest.approx(0.5))
 
 
 def test_a_row_stands_only_for_its_own_key() -> None:
@@ -340,6 +350,35 @@ def test_an_answer_is_appended_to_every_input_that_goes_by_token() -> None:
     assert batch.items.tolist() == [0, 0, 0]
 
 
+def test_lm_eval_gets_the_float_model_with_its_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores by rows need it off; a task needs logits."""
+    save_tiny_model(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(" ".join(str(i % VOCABULARY) for i in range(4 * 512)))
+    hub = HubModel(str(tmp_path / "model"), "causal", str(tmp_path / "text.txt"))
+
+    def task(model: Any, *_: Any) -> dict[str, float]:
+        return {"lm_eval has a head": float(isinstance(model.lm_head, torch.nn.Linear))}
+
+    monkeypatch.setattr(accuracy_scoring, "lm_eval_scores", task)
+    request = Request(
+        "a model",
+        "float",
+        accuracy_scoring.source_digest("float"),
+        str(tmp_path),
+        "cpu",
+        "eager",
+        accuracy.Sizes(text_windows=1),
+        hub,
+        ("task",),
+    )
+    request.save(tmp_path)
+    accuracy_scoring.score_folder(tmp_path)
+    metrics = json.loads((tmp_path / "score.json").read_text())["metrics"]
+    assert metrics["lm_eval has a head"] == 1
+
+
 def test_lm_eval_has_no_masked_diffusion() -> None:
     hub = HubModel("a model", "dllm", "text.txt", mask_token_id=3)
     with pytest.raises(SystemExit, match="no model class for masked diffusion"):
@@ -355,6 +394,35 @@ def test_lm_eval_is_no_dependency(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_masked_model_needs_its_mask() -> None:
     with pytest.raises(SystemExit, match="--mask-token-id is needed"):
         HubModel("a model", "dllm", "text.txt")
+
+
+@pytest.mark.parametrize("num", [1, 2, 3])
+def test_shards_are_all_rows_each_once(num: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[accuracy.Job] = []
+    monkeypatch.setattr(accuracy, "measure_all", lambda _, jobs, parts: measured.extend(jobs) or [])
+    monkeypatch.setattr(accuracy, "plot", lambda *_: None)
+    rows = "accuracy.py --models vlm gemma3 --parts nowhere.jsonl"
+    for index in range(num):
+        before = len(measured)
+        monkeypatch.setattr(sys, "argv", [*rows.split(), "--shard", f"{index}/{num}"])
+        accuracy.main()
+        assert len(measured) - before > 60 // num
+    assert len(set(measured)) == len(measured)
+    shards = set(measured)
+    measured.clear()
+    monkeypatch.setattr(sys, "argv", rows.split())
+    accuracy.main()
+    assert set(measured) == shards
+
+
+@pytest.mark.parametrize("words", ["2/2", "-1/2", "1", "a/b"])
+def test_a_shard_that_is_none(
+    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", f"--shard={words}"])
+    with pytest.raises(SystemExit):
+        accuracy.parse_arguments()
+    assert "--shard" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ the whole walk

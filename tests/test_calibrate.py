@@ -255,6 +255,50 @@ def test_types_that_are_handed_in() -> None:
         assert tokens == {"plain": 9, "special": 15, "untyped": 0}
 
 
+def test_video_beside_image(fitted: dict[str, Any]) -> None:
+    """Two merges into one sequence: each is a type of its own, with its own mean, and so it runs."""
+    image, video = 61, 62
+
+    class Multimodal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.text = tiny_model()
+
+        def forward(self, input_ids: Tensor, images: Tensor, videos: Tensor) -> Tensor:
+            x = self.text.embed(input_ids)
+            for token, seen in ((image, images), (video, videos)):
+                x = x.masked_scatter((input_ids == token).unsqueeze(-1), seen)
+            for block in self.text.blocks:
+                x = block(x)
+            return x
+
+    ids = torch.randint(0, 60, (4, 32))
+    ids[:, 3:11], ids[:, 14:26] = image, video
+    batch = {
+        "input_ids": ids,
+        "images": torch.randn(32, 48) + 3,
+        "videos": torch.randn(48, 48) - 3,
+    }
+    config = QuantConfig(token_types=TokenTypes.image_tokens(image, video=video))
+    model = Multimodal().eval()
+    checkpoint = calibrate(model, [batch], config)
+    first = GROUPS[0][0]
+    tokens = checkpoint.statistics[f"text.{first}"]["tokens"]
+    assert tokens == {"text": 44, "vision": 32, "video": 48, "first": 4, "untyped": 0}
+    errors = checkpoint.statistics[f"text.{first}"]["error"][f"text.{first}"]
+    assert list(errors) == ["text", "vision", "video", "first"]
+    # Normalised, an image is about the opposite of a video.
+    means = fitted[f"text.{first}"].shift
+    assert float(torch.cosine_similarity(means[1], means[2], dim=0)) < -0.9
+    with torch.no_grad():
+        want = model(**batch)
+        freeact_fx.convert(model, checkpoint)
+        compiled = torch.compile(model, backend="freeact", options={"compiler": "eager"})
+        got = compiled(**batch)
+    assert "video" in freeact_fx.explain(compiled)[f"text.{first}"].type_source
+    assert relative(got, want) < 0.2
+
+
 # ------------------------------------------------------------------ awkward data
 
 

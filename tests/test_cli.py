@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -373,6 +374,17 @@ def test_calibrate_is_the_function(
     assert Checkpoint.load(tmp_path / "again") == expected
     assert "tokens seen by type" in printed
     assert re.search(r"shift\s+8\s+14\s+0\.\d+", printed)
+
+
+def test_quick_calibration_yields_to_settings(llama: Path, text: Path, tmp_path: Path) -> None:
+    words = ("--text-file", text, "--tokens", "32", "--windows", "4")
+    freeact("calibrate", llama, "--out", tmp_path / "quick", *words, "--quick")
+    config = freeact_fx.QuantConfig(token_types=TokenTypes.mask_token(MASK))
+    quick = Checkpoint.load(tmp_path / "quick")
+    assert quick.config == config.quick() != config
+    assert {group.plan for group in quick.groups.values()} == {"branch"}
+    freeact("calibrate", llama, "--out", tmp_path / "set", *words, "--quick", "--set", "plan=shift")
+    assert Checkpoint.load(tmp_path / "set").config == replace(config.quick(), plan="shift")
 
 
 def test_calibrate_says_what_is_missing(

@@ -418,7 +418,10 @@ def test_a_plan_without_room_is_refused() -> None:
 # ------------------------------------------------------------------ in a model
 
 
-@pytest.mark.parametrize(("plan", "bound"), [("duplicate", 0.2), ("branch", 0.2), ("paper", 2.0)])
+@pytest.mark.parametrize(
+    ("plan", "bound"),
+    [("single", 0.2), ("shift", 0.2), ("duplicate", 0.2), ("branch", 0.2), ("paper", 2.0)],
+)
 def test_a_calibrated_plan_in_a_model(plan: str, bound: float, tmp_path: Path) -> None:
     """Through save and load: exact without rounding, but for what ``paper`` drops; near with it."""
     model, ids = tiny_model(), masked_ids(8, 32, seed=9)

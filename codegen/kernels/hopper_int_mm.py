@@ -15,12 +15,16 @@ of a program's first tile into the L2 cache.
 e4m3 codes differ in unpacking and in the accumulator. With PROMOTED the sum of a step is added to the rest in fp32, as
 in ``int_mm``; registers hold both, so tiles are smaller. Without, all is left to the tensor core.
 
-Letters as in ``int_mm``; KE is the number of even codes, which is that of the odd ones.
+A token's codes outside of its own slice are zeros, so a tile of tokens takes only the steps from the first to the last
+of the slices that occur in it. Each of the warps finds that out for itself.
+
+Letters as in ``int_mm``; S slices, P token types.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -104,11 +108,53 @@ def tile_of(index, num_m, num_n, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
-def part_of(item, num_even, BLOCK_K: gl.constexpr, SPLIT_K: gl.constexpr):
-    """Tile of a work item, and the range of weight bytes that it sums over."""
-    bytes_of_part = num_even // (BLOCK_K * SPLIT_K) * BLOCK_K
-    first = item % SPLIT_K * bytes_of_part
-    return item // SPLIT_K, first, first + bytes_of_part
+def types_of(type_ptr, m, M, NUM_TYPES: gl.constexpr):
+    token_type = gl.load(type_ptr + m, m < M, 0).to(gl.int32)
+    return gl.where(token_type < 0, token_type + NUM_TYPES, token_type)
+
+
+@gluon.jit
+def bytes_of_tile(
+    type_ptr,
+    tile_m,
+    M,
+    num_even,
+    DEFAULT_TYPE: gl.constexpr,
+    SLICE_OF_TYPE: gl.constexpr,
+    SLICE_STARTS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
+):
+    """Where the first slice of a tile's tokens begins in a row of weights, in whole steps, and the last one ends."""
+    first, last = 0, num_even
+    if len(SLICE_STARTS) > 1:
+        if type_ptr is None:
+            lowest = SLICE_OF_TYPE[DEFAULT_TYPE]
+            highest = lowest
+        else:
+            # Each warp has all tokens of the tile; those past the end count as the last one.
+            layout: gl.constexpr = gl.BlockedLayout([4], [32], [NUM_WARPS], [0])
+            m = gl.minimum(tile_m * BLOCK_M + gl.arange(0, BLOCK_M, layout), M - 1)
+            token_type = types_of(type_ptr, m, M, len(SLICE_OF_TYPE))
+            in_slice = gl.where(token_type == 0, SLICE_OF_TYPE[0], 0)
+            for number in gl.static_range(1, len(SLICE_OF_TYPE)):
+                in_slice = gl.where(token_type == number, SLICE_OF_TYPE[number], in_slice)
+            lowest, highest = gl.min(in_slice, 0), gl.max(in_slice, 0)
+        for index in gl.static_range(1, len(SLICE_STARTS)):
+            first = gl.where(lowest >= index, SLICE_STARTS[index] // BLOCK_K * BLOCK_K, first)
+            last = gl.where(highest < index, gl.minimum(last, SLICE_STARTS[index]), last)
+    return first, last
+
+
+@gluon.jit
+def part_of(first, last, part, BLOCK_K: gl.constexpr, SPLIT_K: gl.constexpr):
+    """The part of a range of weight bytes that one of SPLIT_K programs sums over; those of few steps may be empty."""
+    if SPLIT_K > 1:
+        bytes_of_part = gl.cdiv(last - first, BLOCK_K * SPLIT_K) * BLOCK_K
+        first += part * bytes_of_part
+        last = gl.minimum(last, first + bytes_of_part)
+    return first, last
 
 
 @gluon.jit
@@ -128,16 +174,21 @@ def fetch(ptr, num_bytes):
 def copy_tiles(
     codes,
     weight,
+    type_ptr,
     codes_ring,
     weight_ring,
     full,
     empty,
     weight_ptr,
+    M,
     N,
     row_bytes,
     num_m,
     num_n,
     num_even,
+    DEFAULT_TYPE: gl.constexpr,
+    SLICE_OF_TYPE: gl.constexpr,
+    SLICE_STARTS: gl.constexpr,
     GROUPS: gl.constexpr,
     GROUP_M: gl.constexpr,
     SPLIT_K: gl.constexpr,
@@ -148,27 +199,47 @@ def copy_tiles(
     BLOCK_K: gl.constexpr = weight_ring.shape[2]
     BLOCK_M: gl.constexpr = codes_ring.shape[1]
     STEP_BYTES: gl.constexpr = (GROUPS * ROWS + 2 * BLOCK_M) * BLOCK_K
-    # Weights of the first steps do not depend on the kernel before.
-    index, first, last = part_of(gl.program_id(0), num_even, BLOCK_K, SPLIT_K)
-    tile_m, tile_n = tile_of(index, num_m, num_n, GROUP_M)
-    num_ahead = gl.minimum((last - first) // BLOCK_K, STAGES)
-    for stage in range(0, num_ahead):
-        mbarrier.expect(full.index(stage), STEP_BYTES)
-        byte = first + stage * BLOCK_K
-        for group in gl.static_range(GROUPS):
-            row = (tile_n * GROUPS + group) * ROWS
-            _load(weight, [row, byte], full.index(stage), weight_ring.index(GROUPS * stage + group))
-    if BLOCK_M <= 64:
-        lanes: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-        for group in gl.static_range(GROUPS):
-            rows = (tile_n * GROUPS + group) * ROWS + gl.arange(0, ROWS, lanes)
-            start = gl.minimum(rows, N - 1).to(gl.int64) * row_bytes + first
-            fetch(weight_ptr + start, last - first)
+    # Weights of the first steps do not depend on the kernel before; with slices types say which, and they may.
+    num_ahead = 0
+    if len(SLICE_STARTS) == 1:
+        item = gl.program_id(0)
+        tile_m, tile_n = tile_of(item // SPLIT_K, num_m, num_n, GROUP_M)
+        first, last = part_of(0, num_even, item % SPLIT_K, BLOCK_K, SPLIT_K)
+        num_ahead = gl.minimum((last - first) // BLOCK_K, STAGES)
+        for stage in range(0, num_ahead):
+            mbarrier.expect(full.index(stage), STEP_BYTES)
+            byte = first + stage * BLOCK_K
+            for group in gl.static_range(GROUPS):
+                row = (tile_n * GROUPS + group) * ROWS
+                _load(
+                    weight,
+                    [row, byte],
+                    full.index(stage),
+                    weight_ring.index(GROUPS * stage + group),
+                )
+        if BLOCK_M <= 64:
+            lanes: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+            for group in gl.static_range(GROUPS):
+                rows = (tile_n * GROUPS + group) * ROWS + gl.arange(0, ROWS, lanes)
+                start = gl.minimum(rows, N - 1).to(gl.int64) * row_bytes + first
+                fetch(weight_ptr + start, last - first)
     wait_for_previous_kernel()
     step = 0
     for item in range(gl.program_id(0), num_m * num_n * SPLIT_K, gl.num_programs(0)):
-        index, first, last = part_of(item, num_even, BLOCK_K, SPLIT_K)
-        tile_m, tile_n = tile_of(index, num_m, num_n, GROUP_M)
+        tile_m, tile_n = tile_of(item // SPLIT_K, num_m, num_n, GROUP_M)
+        first, last = bytes_of_tile(
+            type_ptr,
+            tile_m,
+            M,
+            num_even,
+            DEFAULT_TYPE,
+            SLICE_OF_TYPE,
+            SLICE_STARTS,
+            BLOCK_M,
+            BLOCK_K,
+            1,
+        )
+        first, last = part_of(first, last, item % SPLIT_K, BLOCK_K, SPLIT_K)
         for byte in range(first, last, BLOCK_K):
             stage = step % STAGES
             arrived = full.index(stage)
@@ -211,6 +282,16 @@ def sum_of_parts(
 
 
 @gluon.jit
+def scaled_for_type(y, number, weight_scale_ptr, bias_ptr, n, N, SLICE_OF_TYPE: gl.constexpr):
+    """What the epilogue makes of tokens of one type: the scale of their slice, their bias."""
+    of_slice = weight_scale_ptr + SLICE_OF_TYPE[number] * N
+    y *= gl.load(of_slice + n, n < N, 0.0)[:, None]
+    if bias_ptr is not None:
+        y += gl.load(bias_ptr + number * N + n, n < N, 0.0)[:, None]
+    return y
+
+
+@gluon.jit
 def scaled(
     total,
     scale_ptr,
@@ -222,28 +303,34 @@ def scaled(
     M,
     N,
     DEFAULT_TYPE: gl.constexpr,
-    NUM_TYPES: gl.constexpr,
+    SLICE_OF_TYPE: gl.constexpr,
+    SLICE_STARTS: gl.constexpr,
     layout: gl.constexpr,
 ):
     """The epilogue, in fp32: the factor of unpacking, the scales of token and output, the bias of the token's type."""
     PER_UNIT: gl.constexpr = 0.0625 if total.dtype == gl.int32 else 512.0
     n = first_n + gl.arange(0, total.shape[0], gl.SliceLayout(1, layout))
     m = first_m + gl.arange(0, total.shape[1], gl.SliceLayout(0, layout))
-    weight_scale = gl.load(weight_scale_ptr + n, n < N, 0.0) * PER_UNIT
-    scale = gl.load(scale_ptr + m, m < M, 0.0)
-    y = total.to(gl.float32) * scale[None, :] * weight_scale[:, None]
-    if bias_ptr is not None:
-        if type_ptr is None:
-            y += gl.load(bias_ptr + DEFAULT_TYPE * N + n, n < N, 0.0)[:, None]
-        else:
-            # Why not one load from each token's row: its addresses would fill the registers.
-            token_type = gl.load(type_ptr + m, m < M, 0).to(gl.int32)
-            token_type = gl.where(token_type < 0, token_type + NUM_TYPES, token_type)
+    scale = gl.load(scale_ptr + m, m < M, 0.0) * PER_UNIT
+    y = total.to(gl.float32) * scale[None, :]
+    if type_ptr is None or (bias_ptr is None and len(SLICE_STARTS) == 1):
+        y = scaled_for_type(y, DEFAULT_TYPE, weight_scale_ptr, bias_ptr, n, N, SLICE_OF_TYPE)
+    else:
+        # Why not rows that each token's type points to: their addresses would fill the registers.
+        token_type = types_of(type_ptr, m, M, len(SLICE_OF_TYPE))
+        if len(SLICE_STARTS) == 1:
+            y *= gl.load(weight_scale_ptr + n, n < N, 0.0)[:, None]
             bias = gl.load(bias_ptr + n, n < N, 0.0)[:, None]
-            for of_type in gl.static_range(1, NUM_TYPES):
-                of_this = gl.load(bias_ptr + of_type * N + n, n < N, 0.0)
-                bias = gl.where((token_type == of_type)[None, :], of_this[:, None], bias)
+            for number in gl.static_range(1, len(SLICE_OF_TYPE)):
+                of_this = gl.load(bias_ptr + number * N + n, n < N, 0.0)
+                bias = gl.where((token_type == number)[None, :], of_this[:, None], bias)
             y += bias
+        else:
+            for number in gl.static_range(len(SLICE_OF_TYPE)):
+                for_this = scaled_for_type(
+                    y, number, weight_scale_ptr, bias_ptr, n, N, SLICE_OF_TYPE
+                )
+                y = gl.where((token_type == number)[None, :], for_this, y)
     return y
 
 
@@ -267,7 +354,8 @@ def multiply_tiles(
     num_n,
     num_even,
     DEFAULT_TYPE: gl.constexpr,
-    NUM_TYPES: gl.constexpr,
+    SLICE_OF_TYPE: gl.constexpr,
+    SLICE_STARTS: gl.constexpr,
     GROUPS: gl.constexpr,
     GROUP_M: gl.constexpr,
     SPLIT_K: gl.constexpr,
@@ -288,10 +376,22 @@ def multiply_tiles(
     wait_for_previous_kernel()
     step = 0
     for item in range(gl.program_id(0), num_m * num_n * SPLIT_K, gl.num_programs(0)):
-        index, first, last = part_of(item, num_even, BLOCK_K, SPLIT_K)
-        tile_m, tile_n = tile_of(index, num_m, num_n, GROUP_M)
+        tile_m, tile_n = tile_of(item // SPLIT_K, num_m, num_n, GROUP_M)
+        first, last = bytes_of_tile(
+            type_ptr,
+            tile_m,
+            M,
+            num_even,
+            DEFAULT_TYPE,
+            SLICE_OF_TYPE,
+            SLICE_STARTS,
+            BLOCK_M,
+            BLOCK_K,
+            4,
+        )
+        first, last = part_of(first, last, item % SPLIT_K, BLOCK_K, SPLIT_K)
         total = gl.zeros((ROWS, BLOCK_M), gl.float32 if E4M3 else gl.int32, layout)
-        for byte in range(first, last, BLOCK_K):
+        for _byte in range(first, last, BLOCK_K):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
             packed = weight_ring.index(GROUPS * stage + GROUP).load(left)
@@ -316,7 +416,7 @@ def multiply_tiles(
             step += 1
         is_whole = True
         if SPLIT_K > 1:
-            of_group = GROUPS * index + GROUP
+            of_group = GROUPS * (item // SPLIT_K) + GROUP
             total, is_whole = sum_of_parts(
                 total, partial_ptr, counter_ptr, of_group, item % SPLIT_K, SPLIT_K, layout
             )
@@ -333,7 +433,8 @@ def multiply_tiles(
                 M,
                 N,
                 DEFAULT_TYPE,
-                NUM_TYPES,
+                SLICE_OF_TYPE,
+                SLICE_STARTS,
                 layout,
             )
             tma.store_wait(0)
@@ -350,7 +451,7 @@ def hopper_linear_kernel(
     out,  # descriptor of [M, N]
     weight_ptr,  # [N, row_bytes] int8, the same
     scale_ptr,  # [M] fp32
-    weight_scale_ptr,  # [N] fp32
+    weight_scale_ptr,  # [S, N] fp32
     bias_ptr,  # [P, N] fp32, or None
     type_ptr,  # [M] int, or None: all tokens are DEFAULT_TYPE
     partial_ptr,  # [tiles, GROUPS, SPLIT_K, ROWS, BLOCK_M] as sums are, or None if K is not split
@@ -360,7 +461,8 @@ def hopper_linear_kernel(
     num_even,
     row_bytes,
     DEFAULT_TYPE: gl.constexpr,
-    NUM_TYPES: gl.constexpr,
+    SLICE_OF_TYPE: gl.constexpr,
+    SLICE_STARTS: gl.constexpr,  # bytes of a weight row
     STAGES: gl.constexpr,
     BLOCK_M: gl.constexpr,
     ROWS: gl.constexpr,
@@ -393,16 +495,17 @@ def hopper_linear_kernel(
             (multiply_tiles, (
                 out, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr, partial_ptr, counter_ptr,
                 codes_ring, weight_ring, out_tiles, full, empty, M, N, num_m, num_n, num_even,
-                DEFAULT_TYPE, NUM_TYPES, GROUPS, GROUP_M, SPLIT_K, PROMOTED, 0,
+                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, PROMOTED, 0,
             )),
             (multiply_tiles, (
                 out, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr, partial_ptr, counter_ptr,
                 codes_ring, weight_ring, out_tiles, full, empty, M, N, num_m, num_n, num_even,
-                DEFAULT_TYPE, NUM_TYPES, GROUPS, GROUP_M, SPLIT_K, PROMOTED, 1,
+                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, PROMOTED, 1,
             )),
             (copy_tiles, (
-                codes, weight, codes_ring, weight_ring, full, empty, weight_ptr, N, row_bytes,
-                num_m, num_n, num_even, GROUPS, GROUP_M, SPLIT_K,
+                codes, weight, type_ptr, codes_ring, weight_ring, full, empty, weight_ptr, M, N,
+                row_bytes, num_m, num_n, num_even,
+                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K,
             )),
         ], [4, 1], [GROUP_REGISTERS, 24])
     else:
@@ -411,21 +514,22 @@ def hopper_linear_kernel(
             (multiply_tiles, (
                 out, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr, partial_ptr, counter_ptr,
                 codes_ring, weight_ring, out_tiles, full, empty, M, N, num_m, num_n, num_even,
-                DEFAULT_TYPE, NUM_TYPES, GROUPS, GROUP_M, SPLIT_K, PROMOTED, 0,
+                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, PROMOTED, 0,
             )),
             (multiply_tiles, (
                 out, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr, partial_ptr, counter_ptr,
                 codes_ring, weight_ring, out_tiles, full, empty, M, N, num_m, num_n, num_even,
-                DEFAULT_TYPE, NUM_TYPES, GROUPS, GROUP_M, SPLIT_K, PROMOTED, 1,
+                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, PROMOTED, 1,
             )),
             (multiply_tiles, (
                 out, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr, partial_ptr, counter_ptr,
                 codes_ring, weight_ring, out_tiles, full, empty, M, N, num_m, num_n, num_even,
-                DEFAULT_TYPE, NUM_TYPES, GROUPS, GROUP_M, SPLIT_K, PROMOTED, 2,
+                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, PROMOTED, 2,
             )),
             (copy_tiles, (
-                codes, weight, codes_ring, weight_ring, full, empty, weight_ptr, N, row_bytes,
-                num_m, num_n, num_even, GROUPS, GROUP_M, SPLIT_K,
+                codes, weight, type_ptr, codes_ring, weight_ring, full, empty, weight_ptr, M, N,
+                row_bytes, num_m, num_n, num_even,
+                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K,
             )),
         ], [4, 4, 1], [GROUP_REGISTERS, GROUP_REGISTERS, 24])
     # fmt: on
@@ -459,6 +563,8 @@ def hopper_linear(
     weight_scale: Tensor,
     bias_table: Tensor | None,
     token_type: Tensor | None,
+    slice_sizes: Sequence[int],
+    slice_of_type: Sequence[int],
     default_type: int,
     dtype: torch.dtype,
     tile: TileConfig | None = None,
@@ -466,12 +572,13 @@ def hopper_linear(
 ) -> Tensor:
     """A whole linear after its transform, on Hopper.
 
-    codes         [M, K] int8 or e4m3 in engine order, contiguous
+    codes         [M, K'] int8 or e4m3 in engine order, contiguous, zeros outside of a token's slice
     scale         [M] fp32
-    weight        [N, ceil(K / 8)] int32, contiguous
-    weight_scale  [N] fp32
+    weight        [N, ceil(K' / 8)] int32, contiguous
+    weight_scale  [S, N] fp32
     bias_table    [P, N] fp32, or None
     token_type    [M] integers, or None: all tokens are ``default_type``
+    slice_sizes   columns of each slice, even numbers
     tile          None: ``choose_hopper_tile``; must be legal for the shape, ``tiles.fits_hopper``
     promoted      e4m3: True keeps the products of integers exact; None: ``tiles.PROMOTED``
 
@@ -512,7 +619,8 @@ def hopper_linear(
         num_codes // 2,
         weight.shape[1],
         DEFAULT_TYPE=default_type,
-        NUM_TYPES=0 if bias_table is None else bias_table.shape[0],
+        SLICE_OF_TYPE=tuple(slice_of_type),
+        SLICE_STARTS=tuple(sum(slice_sizes[:i]) // 2 for i in range(len(slice_sizes))),
         STAGES=tile.num_stages,
         BLOCK_M=tile.block_m,
         ROWS=tile.rows,

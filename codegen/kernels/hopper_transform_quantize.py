@@ -1,14 +1,14 @@
-"""``transform_quantize`` for Hopper, written for its warp groups (Gluon): codes of 4 bits, one slice.
+"""``transform_quantize`` for Hopper, written for its warp groups (Gluon): codes of 4 bits or e4m3, one slice.
 
 A program works on one token at a time; several programs on a multiprocessor wait for each other's loads, which is why
 registers are few: ``HopperTransformTile.registers``. ``Z = (L^T X) R``: both factors stay in shared memory for all
 tokens, and a token goes through it; what the first product leaves in registers is the left operand of the second. The
-rows of X are taken in one or two powers of two (96 = 64 + 32), so that no product is over padding alone. The prologue
-(norm or activation) is that of ``transform_prologue``.
+rows of X, or else its columns, are taken in pieces A and B of two powers of two where one would be mostly padding (96 =
+64 + 32); B may be absent. The prologue (norm or activation) is that of ``transform_prologue``.
 
 Why bf16 where the portable kernel has fp16: it needs no search for the largest magnitude of a token, and two values
 share an instruction. This kernel waits for instructions, not for memory, and 2^-9 of a value is far below the
-distance of two of 15 codes; codes of 8 bits would see it.
+distance of two of 15 codes, or of two values of e4m3; integers of 8 bits would see it.
 """
 
 from __future__ import annotations
@@ -87,12 +87,11 @@ def larger_magnitude(one, other):
 
 
 @gluon.jit
-def to_codes(z, per_unit, QMAX: gl.constexpr):
-    """``z * 2 * QMAX * per_unit`` to the nearest integers in [-QMAX, QMAX].
+def to_int4(z, per_unit):
+    """``14 * z * per_unit`` to the nearest integers in [-7, 7].
 
     Saturation is free where it is to [0, 1]; what is then added makes the low byte of an fp32 the integer.
     """
-    gl.static_assert(QMAX == 7)
     # 0.5, 14, and 1.5 * 2^23 - 7
     return gl.inline_asm_elementwise(
         """{
@@ -109,6 +108,29 @@ def to_codes(z, per_unit, QMAX: gl.constexpr):
         prmt.b32 low, a, b, 0x0040;
         prmt.b32 high, c, d, 0x0040;
         prmt.b32 $0, low, high, 0x5410;
+        }""",
+        "=r,r,r,r,r,r,r,r,r",
+        [z, per_unit],
+        dtype=gl.int8,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.jit
+def to_e4m3(z, per_unit):
+    """``z * per_unit`` to the nearest e4m3 values, as bytes."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .f32 a, b, c, d;
+        .reg .b16 low, high;
+        mul.rn.f32 a, $1, $5;
+        mul.rn.f32 b, $2, $6;
+        mul.rn.f32 c, $3, $7;
+        mul.rn.f32 d, $4, $8;
+        cvt.rn.satfinite.e4m3x2.f32 low, b, a;
+        cvt.rn.satfinite.e4m3x2.f32 high, d, c;
+        mov.b32 $0, {low, high};
         }""",
         "=r,r,r,r,r,r,r,r,r",
         [z, per_unit],
@@ -199,6 +221,34 @@ def even_and_odd(z):
 
 
 @gluon.jit
+def largest_of(even, odd):
+    size: gl.constexpr = even.shape[0] * even.shape[1]
+    return gl.max(gl.reshape(larger_magnitude(even, odd), (size,)), 0)
+
+
+@gluon.jit
+def store_codes(
+    target,
+    z,
+    per_code,
+    FIRST: gl.constexpr,
+    D1: gl.constexpr,
+    D2: gl.constexpr,
+    QMAX: gl.constexpr,
+):
+    """Codes of the even or of the odd columns of a piece of Z, from pair FIRST of each row on."""
+    layout: gl.constexpr = z.type.layout
+    row = gl.arange(0, z.shape[0], gl.SliceLayout(1, layout))[:, None]
+    pair = FIRST + gl.arange(0, z.shape[1], gl.SliceLayout(0, layout))[None, :]
+    if QMAX == 448:
+        codes = to_e4m3(z, 1 / per_code)
+    else:
+        gl.static_assert(QMAX == 7)
+        codes = to_int4(z, 1 / (14 * per_code))
+    gl.store(target + row * (D2 // 2) + pair, codes, (row < D1) & (pair < D2 // 2))
+
+
+@gluon.jit
 def type_of(type_ptr, token, DEFAULT_TYPE: gl.constexpr, NUM_TYPES: gl.constexpr):
     token_type = DEFAULT_TYPE
     if type_ptr is not None:
@@ -225,17 +275,48 @@ def fetch_row(row_ptr, SIZE: gl.constexpr, K: gl.constexpr, num_warps: gl.conste
 
 @gluon.jit
 def place_of(
-    FIRST: gl.constexpr,
+    FIRST_ROW: gl.constexpr,
     ROWS: gl.constexpr,
+    FIRST_COLUMN: gl.constexpr,
     COLUMNS: gl.constexpr,
     D1: gl.constexpr,
     D2: gl.constexpr,
     layout: gl.constexpr,
 ):
-    """Where some rows of a tile are in a row of memory, and which of them there are."""
-    row = FIRST + gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
-    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
+    """Where a piece of a matrix [D1, D2] is in memory, and which of its values there are."""
+    row = FIRST_ROW + gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
+    column = FIRST_COLUMN + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
     return row * D2 + column, (row < D1) & (column < D2)
+
+
+@gluon.constexpr_function
+def memory_layout(columns, num_warps):
+    """Eight neighbours to a thread, rows of a piece one after the other."""
+    per_row = min(columns // 8, 32)
+    return gl.BlockedLayout([1, 8], [32 // per_row, per_row], [num_warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def product_layout(columns, num_warps):
+    return gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, columns, 16]
+    )
+
+
+@gluon.jit
+def load_factor(
+    ptr,
+    FIRST_ROW: gl.constexpr,
+    ROWS: gl.constexpr,
+    FIRST_COLUMN: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    SIZE: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """A piece of a factor [SIZE, SIZE] in bf16."""
+    layout: gl.constexpr = memory_layout(COLUMNS, num_warps)
+    offset, inside = place_of(FIRST_ROW, ROWS, FIRST_COLUMN, COLUMNS, SIZE, SIZE, layout)
+    return gl.load(ptr + offset, inside, 0.0).to(gl.bfloat16)
 
 
 @gluon.jit
@@ -307,7 +388,7 @@ def hopper_transform_quantize_kernel(
     left_ptr,  # [D1, D1] fp32
     right_ptr,  # [D2, D2] fp32
     clip_ptr,  # [P] fp32
-    codes_ptr,  # [M, K] int8, engine order
+    codes_ptr,  # [M, K] int8 or the bytes of e4m3, engine order
     scale_ptr,  # [M] fp32
     M,
     x_stride,
@@ -319,6 +400,7 @@ def hopper_transform_quantize_kernel(
     QMAX: gl.constexpr,
     ROWS: gl.constexpr,
     COLUMNS: gl.constexpr,
+    COLUMNS_B: gl.constexpr,
     IN_A: gl.constexpr,
     IN_B: gl.constexpr,
     PROLOGUE: gl.constexpr,
@@ -328,33 +410,39 @@ def hopper_transform_quantize_kernel(
 ):
     K: gl.constexpr = D1 * D2
     IS_NORM: gl.constexpr = PROLOGUE == "rms" or PROLOGUE == "layer"
-    PER_ROW: gl.constexpr = COLUMNS // 8 if COLUMNS < 256 else 32
-    tokens: gl.constexpr = gl.BlockedLayout(
-        [1, 8], [32 // PER_ROW, PER_ROW], [num_warps, 1], [1, 0]
-    )
-    mma: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, COLUMNS, 16]
-    )
+    HAS_B: gl.constexpr = IN_B > 0 or COLUMNS_B > 0
+    # Rows, columns and place of piece B.
+    ROWS_B: gl.constexpr = IN_B if IN_B > 0 else IN_A
+    WIDTH_B: gl.constexpr = COLUMNS_B if COLUMNS_B > 0 else COLUMNS
+    FIRST_COLUMN_B: gl.constexpr = COLUMNS if COLUMNS_B > 0 else 0
+    FIRST_ROW_B: gl.constexpr = IN_A if IN_B > 0 else 0
+    tokens: gl.constexpr = memory_layout(COLUMNS, num_warps)
+    mma: gl.constexpr = product_layout(COLUMNS, num_warps)
     left_operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma, k_width=2)
     allow_next_kernel()
-    # What does not depend on the kernel before: both factors, and the vectors over channels. The rows of L and of X are
-    # in pieces A and B.
-    right_tile = bf16_tile(COLUMNS, COLUMNS)
-    right_row = gl.arange(0, COLUMNS, gl.SliceLayout(1, tokens))[:, None]
-    right_column = gl.arange(0, COLUMNS, gl.SliceLayout(0, tokens))[None, :]
-    right_inside = (right_row < D2) & (right_column < D2)
-    right = gl.load(right_ptr + right_row * D2 + right_column, right_inside, 0.0)
-    right_tile.store(for_contiguous_codes(right.to(gl.bfloat16)))
-    left_column = gl.arange(0, ROWS, gl.SliceLayout(0, tokens))[None, :]
-    left_a_row = gl.arange(0, IN_A, gl.SliceLayout(1, tokens))[:, None]
-    left_a_inside = (left_a_row < D1) & (left_column < D1)
-    left_a = gl.load(left_ptr + left_a_row * D1 + left_column, left_a_inside, 0.0)
+    # What does not depend on the kernel before: both factors, and the vectors over channels.
     left_tile_a = bf16_tile(IN_A, ROWS)
-    left_tile_a.store(left_a.to(gl.bfloat16))
-    _barrier()
-    left_a16 = left_tile_a.permute((1, 0)).load(left_operand)
+    left_tile_a.store(load_factor(left_ptr, 0, IN_A, 0, ROWS, D1, num_warps))
+    right_aa = bf16_tile(COLUMNS, COLUMNS)
+    right = load_factor(right_ptr, 0, COLUMNS, 0, COLUMNS, D2, num_warps)
+    right_aa.store(for_contiguous_codes(right))
+    if IN_B > 0:
+        left_tile_b = bf16_tile(IN_B, ROWS)
+        left_tile_b.store(load_factor(left_ptr, IN_A, IN_B, 0, ROWS, D1, num_warps))
+    if COLUMNS_B > 0:
+        mma_b: gl.constexpr = product_layout(COLUMNS_B, num_warps)
+        left_operand_b: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma_b, k_width=2)
+        right_ba = bf16_tile(COLUMNS_B, COLUMNS)
+        right = load_factor(right_ptr, COLUMNS, COLUMNS_B, 0, COLUMNS, D2, num_warps)
+        right_ba.store(for_contiguous_codes(right))
+        right_ab = bf16_tile(COLUMNS, COLUMNS_B)
+        right = load_factor(right_ptr, 0, COLUMNS, COLUMNS, COLUMNS_B, D2, num_warps)
+        right_ab.store(for_contiguous_codes(right))
+        right_bb = bf16_tile(COLUMNS_B, COLUMNS_B)
+        right = load_factor(right_ptr, COLUMNS, COLUMNS_B, COLUMNS, COLUMNS_B, D2, num_warps)
+        right_bb.store(for_contiguous_codes(right))
     token_tile_a = bf16_tile(IN_A, COLUMNS)
-    place_a = place_of(0, IN_A, COLUMNS, D1, D2, tokens)
+    place_a = place_of(0, IN_A, 0, COLUMNS, D1, D2, tokens)
     weight_a, bias_a, channel_scale_a = weight_ptr, bias_ptr, channel_scale_ptr
     if weight_ptr is not None:
         weight_a = load_channels(weight_ptr, place_a, WEIGHT_OFFSET)
@@ -362,16 +450,10 @@ def hopper_transform_quantize_kernel(
         bias_a = load_channels(bias_ptr, place_a, 0.0)
     if channel_scale_ptr is not None:
         channel_scale_a = load_channels(channel_scale_ptr, place_a, 0.0)
-    if IN_B > 0:
-        left_b_row = IN_A + gl.arange(0, IN_B, gl.SliceLayout(1, tokens))[:, None]
-        left_b_inside = (left_b_row < D1) & (left_column < D1)
-        left_b = gl.load(left_ptr + left_b_row * D1 + left_column, left_b_inside, 0.0)
-        left_tile_b = bf16_tile(IN_B, ROWS)
-        left_tile_b.store(left_b.to(gl.bfloat16))
-        _barrier()
-        left_b16 = left_tile_b.permute((1, 0)).load(left_operand)
-        token_tile_b = bf16_tile(IN_B, COLUMNS)
-        place_b = place_of(IN_A, IN_B, COLUMNS, D1, D2, tokens)
+    if HAS_B:
+        token_tile_b = bf16_tile(ROWS_B, WIDTH_B)
+        tokens_b: gl.constexpr = memory_layout(WIDTH_B, num_warps)
+        place_b = place_of(FIRST_ROW_B, ROWS_B, FIRST_COLUMN_B, WIDTH_B, D1, D2, tokens_b)
         weight_b, bias_b, channel_scale_b = weight_ptr, bias_ptr, channel_scale_ptr
         if weight_ptr is not None:
             weight_b = load_channels(weight_ptr, place_b, WEIGHT_OFFSET)
@@ -385,7 +467,7 @@ def hopper_transform_quantize_kernel(
     next_token = gl.minimum(token, M - 1)
     next_type = type_of(type_ptr, next_token, DEFAULT_TYPE, NUM_TYPES)
     next_a = load_once(x_ptr + next_token * x_stride, place_a)
-    if IN_B > 0:
+    if HAS_B:
         next_b = load_once(x_ptr + next_token * x_stride, place_b)
     while token < M:
         # What comes from DRAM is under way a token ahead: x, and its type, which says where the shift is, in registers,
@@ -404,56 +486,78 @@ def hopper_transform_quantize_kernel(
         clip = gl.load(clip_ptr + token_type)
         # The token as its prologue leaves it.
         x_a = begun(next_a, other_row, total_row, place_a, PROLOGUE)
-        if IN_B > 0:
+        if HAS_B:
             x_b = begun(next_b, other_row, total_row, place_b, PROLOGUE)
         if PROLOGUE == "layer":
             mean = sum_of(x_a.to(gl.float32))
-            if IN_B > 0:
+            if HAS_B:
                 mean += sum_of(x_b.to(gl.float32))
                 x_b = centred(x_b, mean / K, place_b)
             x_a = centred(x_a, mean / K, place_a)
         inverse = None
         if IS_NORM:
             variance = sum_of(x_a.to(gl.float32) * x_a.to(gl.float32))
-            if IN_B > 0:
+            if HAS_B:
                 variance += sum_of(x_b.to(gl.float32) * x_b.to(gl.float32))
             inverse = gl.rsqrt(variance / K + EPS)
         token_tile_a.store(
             prepared(x_a, inverse, weight_a, bias_a, shift_row, channel_scale_a, place_a)
         )
-        if IN_B > 0:
+        if HAS_B:
             token_tile_b.store(
                 prepared(x_b, inverse, weight_b, bias_b, shift_row, channel_scale_b, place_b)
             )
         next_a = load_once(x_ptr + next_token * x_stride, place_a)
-        if IN_B > 0:
+        if HAS_B:
             next_b = load_once(x_ptr + next_token * x_stride, place_b)
         fence_async_shared()
         _barrier()
         # Z = (L^T X) R: bf16 operands, fp32 sums.
-        y = gl.zeros((ROWS, COLUMNS), gl.float32, mma)
-        y = warpgroup_mma(left_a16, token_tile_a, y, use_acc=False, is_async=True)
+        y_a = gl.zeros((ROWS, COLUMNS), gl.float32, mma)
+        left_a = left_tile_a.permute((1, 0))
+        y_a = warpgroup_mma(left_a, token_tile_a, y_a, use_acc=False, is_async=True)
         if IN_B > 0:
-            y = warpgroup_mma(left_b16, token_tile_b, y, is_async=True)
-        y = warpgroup_mma_wait(num_outstanding=0, deps=(y,))
-        y16 = gl.convert_layout(y.to(gl.bfloat16), left_operand)
-        z = gl.zeros((ROWS, COLUMNS), gl.float32, mma)
-        z = warpgroup_mma(y16, right_tile, z, use_acc=False, is_async=True)
-        z = warpgroup_mma_wait(num_outstanding=0, deps=(z,))
+            y_a = warpgroup_mma(left_tile_b.permute((1, 0)), token_tile_b, y_a, is_async=True)
+        z_a = gl.zeros((ROWS, COLUMNS), gl.float32, mma)
+        if COLUMNS_B > 0:
+            y_b = gl.zeros((ROWS, COLUMNS_B), gl.float32, mma_b)
+            y_b = warpgroup_mma(left_a, token_tile_b, y_b, use_acc=False, is_async=True)
+            y_a, y_b = warpgroup_mma_wait(num_outstanding=0, deps=(y_a, y_b))
+            y_a, y_b = y_a.to(gl.bfloat16), y_b.to(gl.bfloat16)
+            y_aa, y_ab = (
+                gl.convert_layout(y_a, left_operand),
+                gl.convert_layout(y_a, left_operand_b),
+            )
+            y_ba, y_bb = (
+                gl.convert_layout(y_b, left_operand),
+                gl.convert_layout(y_b, left_operand_b),
+            )
+            z_a = warpgroup_mma(y_aa, right_aa, z_a, use_acc=False, is_async=True)
+            z_a = warpgroup_mma(y_ba, right_ba, z_a, is_async=True)
+            z_b = gl.zeros((ROWS, COLUMNS_B), gl.float32, mma_b)
+            z_b = warpgroup_mma(y_ab, right_ab, z_b, use_acc=False, is_async=True)
+            z_b = warpgroup_mma(y_bb, right_bb, z_b, is_async=True)
+            z_a, z_b = warpgroup_mma_wait(num_outstanding=0, deps=(z_a, z_b))
+        else:
+            y_a = warpgroup_mma_wait(num_outstanding=0, deps=(y_a,))
+            y_aa = gl.convert_layout(y_a.to(gl.bfloat16), left_operand)
+            z_a = warpgroup_mma(y_aa, right_aa, z_a, use_acc=False, is_async=True)
+            z_a = warpgroup_mma_wait(num_outstanding=0, deps=(z_a,))
         # Grid of the token, and its codes: even columns of all rows, then the odd ones. A NaN or an infinity in x is in
         # all of Z.
-        even, odd = even_and_odd(z)
-        largest = gl.max(gl.reshape(larger_magnitude(even, odd), (ROWS * COLUMNS // 2,)), 0)
+        even_a, odd_a = even_and_odd(z_a)
+        largest = largest_of(even_a, odd_a)
+        if COLUMNS_B > 0:
+            even_b, odd_b = even_and_odd(z_b)
+            largest = larger(largest, largest_of(even_b, odd_b))
         per_code = larger(largest * clip / QMAX, SMALLEST)
         gl.store(scale_ptr + token, per_code)
-        per_unit = 1 / (2 * QMAX * per_code)
-        stored: gl.constexpr = even.type.layout
-        pair_row = gl.arange(0, ROWS, gl.SliceLayout(1, stored))[:, None]
-        pair = gl.arange(0, COLUMNS // 2, gl.SliceLayout(0, stored))[None, :]
-        target = codes_ptr + token * K + pair_row * (D2 // 2) + pair
-        here = (pair_row < D1) & (pair < D2 // 2)
-        gl.store(target, to_codes(even, per_unit, QMAX), here)
-        gl.store(target + K // 2, to_codes(odd, per_unit, QMAX), here)
+        target = codes_ptr + token * K
+        store_codes(target, even_a, per_code, 0, D1, D2, QMAX)
+        store_codes(target + K // 2, odd_a, per_code, 0, D1, D2, QMAX)
+        if COLUMNS_B > 0:
+            store_codes(target, even_b, per_code, COLUMNS // 2, D1, D2, QMAX)
+            store_codes(target + K // 2, odd_b, per_code, COLUMNS // 2, D1, D2, QMAX)
         token += gl.num_programs(0)
 
 
@@ -475,13 +579,14 @@ def hopper_transform_quantize(
 
     Shapes are those that ``tiles.hopper_transform_tile`` has a tile for.
 
-    Returns codes [M, K] int8 in engine order and scale [M, 1] fp32.
+    Returns codes [M, K] int8 (e4m3 for 448) in engine order and scale [M, 1] fp32.
     """
     (num_tokens, num_features), d1, d2 = x.shape, left.shape[0], right.shape[-1]
     codes = torch.empty(num_tokens, num_features, dtype=torch.int8, device=x.device)
     scale = torch.empty(num_tokens, 1, dtype=torch.float32, device=x.device)
+    result = codes.view(torch.float8_e4m3fn) if qmax == 448 else codes, scale
     if num_tokens == 0:
-        return codes, scale
+        return result
     tile = hopper_transform_tile(d1, d2, prologue.kind)
     assert tile is not None
     x = rows_in_memory(x)
@@ -507,7 +612,8 @@ def hopper_transform_quantize(
         DEFAULT_TYPE=default_type,
         QMAX=qmax,
         ROWS=tile.rows,
-        COLUMNS=tile.columns,
+        COLUMNS=tile.columns[0],
+        COLUMNS_B=tile.columns[1],
         IN_A=tile.rows_in[0],
         IN_B=tile.rows_in[1],
         PROLOGUE=prologue.kind,
@@ -518,7 +624,7 @@ def hopper_transform_quantize(
         enable_fp_fusion=True,
         launch_pdl=True,
     )
-    return codes, scale
+    return result
 
 
 @functools.cache

@@ -247,6 +247,10 @@ def calibrate(
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="Windows (or pictures) to use at most.", show_default="all"),
     ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="A third of the time: QuantConfig.quick(), under any --set."),
+    ] = False,
     mask_token_id: MaskTokenId = None,
     token_types: Types = None,
     set_: Settings = None,
@@ -279,6 +283,7 @@ def calibrate(
         num_tokens=tokens,
         batch=batch,
         num_windows=windows,
+        quick=quick,
         max_bytes=max_bytes,
         resume=resume,
         progress=progress and notes().is_terminal,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from freeact_fx.config import QUICK
 from freeact_fx.errors import ConfigError
 
 from .console import working
@@ -105,6 +106,7 @@ def calibrated(
     num_tokens: int,
     batch: int,
     num_windows: int | None,
+    quick: bool,
     max_bytes: str | None,
     resume: Path | None,
     progress: bool,
@@ -123,7 +125,7 @@ def calibrated(
         batches = _batches(
             source, model, types, text_file, batches_file, num_tokens, batch, num_windows
         )
-    options = quantisation.options(model)
+    options = (QUICK if quick else {}) | quantisation.options(model)
     config = QuantConfig.from_options(options)
     checkpoint = freeact_fx.calibrate(
         model, batches, config, progress=progress, max_bytes=bound, resume=resume

@@ -134,7 +134,8 @@ def test_opcheck(lead: tuple[int, ...], typed: bool, dtype: torch.dtype) -> None
     codes = torch.randint(-7, 8, (*lead, 48)).to(dtype)
     weight = pack_int4(torch.randint(-7, 8, (5, 48)).to(torch.int8))
     table, types = (torch.rand(3, 5), torch.randint(0, 3, lead)) if typed else (None, None)
-    args = (codes, torch.rand(*lead, 1), weight, torch.rand(5), table, types, 0, torch.bfloat16)
+    scales = (torch.rand(*lead, 1), weight, torch.rand(2, 5))
+    args = (codes, *scales, table, types, [16, 32], [0, 1, 1], 0, torch.bfloat16)
     # test_schema compares what goes in, and torch compares no fp8.
     tests = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     tests += ["test_schema"] if dtype == torch.int8 else []

@@ -173,7 +173,7 @@ def test_transform_to_e4m3(capability: int, num_features: int, prologue: str) ->
     assert compiled.local_bytes <= (320 if num_features == 18944 else 16)
 
 
-@pytest.mark.parametrize("typed", [True, False])
+@pytest.mark.parametrize(("typed", "num_slices"), [(True, 1), (False, 1), (True, 3)])
 @pytest.mark.parametrize(
     ("tile", "codes"),
     [
@@ -184,7 +184,7 @@ def test_transform_to_e4m3(capability: int, num_features: int, prologue: str) ->
     ],
     ids=str,
 )
-def test_hopper_linear(tile: TileConfig, codes: torch.dtype, typed: bool) -> None:
+def test_hopper_linear(tile: TileConfig, codes: torch.dtype, typed: bool, num_slices: int) -> None:
     is_e4m3 = codes == torch.float8_e4m3fn
     shapes = (
         (tile.block_m, tile.block_k),
@@ -196,7 +196,8 @@ def test_hopper_linear(tile: TileConfig, codes: torch.dtype, typed: bool) -> Non
     descriptors = [f"tensordesc<{kind}{list(shape)},{layout!r}>" for kind, shape, layout in tiles]
     constants = {
         "DEFAULT_TYPE": 0,
-        "NUM_TYPES": 3,
+        "SLICE_OF_TYPE": (0, num_slices - 1, 0),
+        "SLICE_STARTS": (0, 1024, 1500)[:num_slices],
         "STAGES": tile.num_stages,
         "BLOCK_M": tile.block_m,
         "ROWS": tile.rows,
@@ -232,7 +233,7 @@ def test_hopper_linear(tile: TileConfig, codes: torch.dtype, typed: bool) -> Non
     assert all(map(_left_in_registers, instructions))
     assert "cp.async.bulk.tensor" in compiled.ptx
     # Addresses, outside of the loop.
-    assert compiled.local_bytes <= (96 if is_e4m3 else 176)
+    assert compiled.local_bytes <= 176
     assert compiled.registers * 128 * (tile.groups + 1) * tile.programs <= 65536
     assert (compiled.shared_bytes + 1024) * tile.programs <= 228 * 1024
 
@@ -247,6 +248,9 @@ def test_hopper_linear(tile: TileConfig, codes: torch.dtype, typed: bool) -> Non
         ((64, 128), "layer"),
         ((96, 128), "silu"),
         ((112, 128), "rms of a sum"),
+        ((64, 80), "rms"),
+        ((128, 148), "silu"),
+        ((128, 148), "none"),
     ],
     ids=str,
 )
@@ -276,7 +280,8 @@ def test_hopper_transform(shape: tuple[int, int], prologue: str, typed: bool) ->
             "DEFAULT_TYPE": 0,
             "QMAX": 7,
             "ROWS": tile.rows,
-            "COLUMNS": tile.columns,
+            "COLUMNS": tile.columns[0],
+            "COLUMNS_B": tile.columns[1],
             "IN_A": tile.rows_in[0],
             "IN_B": tile.rows_in[1],
             "num_warps": tile.num_warps,

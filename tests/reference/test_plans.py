@@ -325,6 +325,18 @@ def test_permuting_tokens_permutes_rows(plan: str, num_types: int, seed: int) ->
 
 
 @pytest.mark.parametrize("plan", EXACT_PLANS)
+def test_type_minus_one_is_the_last(plan: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    t = integer_transform(plan, 2, generator)
+    t = replace(t, slice_of_type=(*t.slice_of_type[:-1], len(t.widths) - 1))
+    packed = random_packed(t, generator)
+    x = integers(generator, 4, 48, largest=9)
+    types = torch.tensor([0, 1, 2, -1])
+    y = linear(t, packed, x, types, qmax=7)
+    assert torch.equal(y, linear(t, packed, x, types % 3, qmax=7))
+
+
+@pytest.mark.parametrize("plan", EXACT_PLANS)
 @settings(max_examples=20)
 @given(st.integers(2, 4), SEEDS)
 def test_equal_transforms_make_types_irrelevant(plan: str, num_types: int, seed: int) -> None:

@@ -1,0 +1,127 @@
+"""Make one op of a product and what ``insert`` wrote after it, for the kernel that has all of it: ``engine_linear``.
+
+::
+
+    before   engine_int_mm ── * scale ── * weight_scale[slice] ── + bias_table[type] ── cast
+    after    engine_linear
+
+A Linear with anything else among them stays as it was. Which columns of the codes are a slice is read off the transform
+that they come from.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import Graph, Node
+
+from .engine_ops import takes_linear
+
+aten, freeact = torch.ops.aten, torch.ops.freeact
+
+
+def fuse_linear(graph: Graph, product: Node, output: Node) -> bool:
+    """Whether a product and its epilogue, up to the cast ``output``, were one Linear for the kernel, and now are."""
+    codes: Any
+    weight: Any
+    codes, weight = product.args
+    dtype = output.meta["val"].dtype
+    if not takes_linear(codes.meta["val"], weight.meta["val"], dtype):
+        return False
+    chain = [product]
+    while chain[-1] is not output:
+        chain.extend(chain[-1].users)
+    steps = chain[1:-1]
+    targets = [step.target for step in steps]
+    is_chain = all(step.args[0] is before for before, step in zip(chain, steps, strict=False))
+    if targets[:2] != 2 * [aten.mul.Tensor] or targets[2:] not in ([], [aten.add.Tensor]):
+        return False
+    weight_scale = _row_of(steps[1].args[1])
+    bias = _row_of(steps[2].args[1]) if len(steps) == 3 else _Row(None, None, 0)
+    if not is_chain or weight_scale is None or bias is None:
+        return False
+    types = _types_of(codes, weight_scale, bias)
+    if types is None:
+        return False
+    scales = (steps[0].args[1], weight, weight_scale.table)
+    with graph.inserting_before(output):
+        fused = graph.call_function(
+            freeact.engine_linear.default, (codes, *scales, bias.table, *types, dtype)
+        )
+    fused.meta["val"] = output.meta["val"]
+    output.replace_all_uses_with(fused)
+    return True
+
+
+class _Row(NamedTuple):
+    """The row of a table [rows, N] that a token has: the same ``number`` for all, unless there is a tensor of them."""
+
+    table: Any
+    numbers: Any
+    number: int
+
+
+def _row_of(node: Any) -> _Row | None:
+    if not isinstance(node, Node) or node.target not in (aten.select.int, aten.index.Tensor):
+        return None
+    table: Any
+    where: Any
+    table, where, *number = node.args
+    if table.meta["val"].dim() != 2:
+        return None
+    if node.target is aten.index.Tensor:
+        return _Row(table, where[0], 0) if len(where) == 1 else None
+    return _Row(table, None, number[0]) if where == 0 else None  # type: ignore[arg-type]
+
+
+def _types_of(codes: Node, weight_scale: _Row, bias: _Row) -> tuple[Any, ...] | None:
+    """Types, sizes of the slices, slice of each type and default type, if scale and bias agree about them."""
+    num_codes = codes.meta["val"].shape[-1]
+    if weight_scale.table.meta["val"].shape[0] == 1:
+        num_types = 1 if bias.table is None else bias.table.meta["val"].shape[0]
+        return bias.numbers, [num_codes], [0] * num_types, bias.number
+    transform: Any = codes.args[0] if codes.target is operator.getitem else None
+    if transform is None or transform.target not in (
+        freeact.engine_transform_quantize.default,
+        freeact.engine_gated_transform_quantize.default,
+    ):
+        return None
+    *_, widths, slice_of_type, default_type, _ = transform.args
+    sizes = [num_codes // sum(widths) * width for width in widths]
+    types = None
+    if weight_scale.numbers is not None:
+        types = _types_of_slices(weight_scale.numbers, slice_of_type)
+        if types is None or types not in transform.all_input_nodes:
+            return None
+    elif weight_scale.number != slice_of_type[default_type]:
+        return None
+    expected = (None, default_type) if types is None else (types, 0)
+    if bias.table is not None and (bias.numbers, bias.number) != expected:
+        return None
+    return types, sizes, slice_of_type, default_type
+
+
+def _types_of_slices(numbers: Node, slice_of_type: Sequence[int]) -> Node | None:
+    """The types that ``insert`` chose slices by: where(types == 1, a, where(types == 0, b, that of the last type))."""
+    found = []
+    while numbers.target is aten.where.self:
+        mask: Any
+        chosen: Any
+        mask, chosen, numbers = numbers.args  # type: ignore[assignment]
+        if mask.target is not aten.eq.Scalar:
+            return None
+        found.append((*mask.args, _constant(chosen)))
+    types = found[0][0] if found else None
+    expected = [(types, number, chosen) for number, chosen in enumerate(slice_of_type[:-1])]
+    is_same = found[::-1] == expected and _constant(numbers) == slice_of_type[-1]
+    return types if is_same else None
+
+
+def _constant(node: Node) -> Any:
+    """The value of a tensor full of it, or None."""
+    if node.target is aten.full.default:
+        return node.args[1]
+    return node.args[0] if node.target is aten.scalar_tensor.default else None

@@ -1,0 +1,141 @@
+"""Whole Linears, as the passes write them and Inductor decomposes them, become one op each on Hopper."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from random_transforms import random_transform
+from torch import Tensor, nn
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx import Graph
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import freeact_fx
+from freeact_fx import FreeActLinear, QuantConfig, TokenTypes
+from freeact_fx.codegen import engine_graph, engine_ops, lowering
+from freeact_fx.convert import GroupTransformModule
+from freeact_fx.reference import pack_int4, rows_of_type, slice_of_token
+from freeact_fx.transform import pack_linear
+
+ops = torch.ops.freeact
+WIDTH, NUM_OUTPUTS, NUM_TYPES = 256, 24, 3
+
+
+def linear_of(plan: str, *, has_bias: bool) -> nn.Module:
+    """Types 1 and 2 share a slice, and the last one is that of tokens without a type."""
+    t = random_transform(plan, WIDTH, NUM_TYPES, seed=0)
+    if len(t.widths) > 1:
+        t = replace(t, slice_of_type=(0, 1, 1, 2))
+    if not has_bias:
+        t = replace(t, shift=None)
+    config = QuantConfig(
+        plan=t.plan, token_types=TokenTypes.explicit("one", "two", "three"), sink=None
+    )
+    packed = pack_linear(t, torch.randn(NUM_OUTPUTS, WIDTH), None, config)
+    return FreeActLinear(GroupTransformModule(t), packed, config, (0.0, 0.0, 0.0)).eval()
+
+
+def as_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has no kernel runs the reference."""
+    for module in (engine_graph, lowering):
+        monkeypatch.setattr(module, "has_kernels", lambda device: True)
+    monkeypatch.setattr(engine_ops, "is_hopper", lambda device: True)
+
+
+def compiled(
+    model: nn.Module, x: Tensor, types: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Tensor, Counter[str]]:
+    """Output, and the ops of the graph."""
+    from freeact_fx import compat
+
+    as_on_hopper(monkeypatch)
+    names: Counter[str] = Counter()
+
+    def use_engine_ops(graph: Graph) -> None:
+        engine_graph.use_engine_ops(graph)
+        names.update(str(node.target) for node in graph.nodes if node.op == "call_function")
+
+    monkeypatch.setattr(compat, "use_engine_ops", use_engine_ops)
+    torch._dynamo.reset()
+    call = torch.compile(model, backend="freeact", options={"strict": True})
+    with (
+        torch.no_grad(),
+        torch._inductor.config.patch(fx_graph_cache=False),
+        freeact_fx.token_types(types),
+    ):
+        return call(x), names
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("plan", ["single", "shift", "duplicate", "paper"])
+def test_one_op(plan: str, has_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = linear_of(plan, has_bias=has_bias)
+    x = torch.randn(2, 40, WIDTH).bfloat16()
+    types = torch.randint(0, NUM_TYPES, (2, 40))
+    with torch.no_grad(), freeact_fx.token_types(types):
+        want = model(x)
+    got, names = compiled(model, x, types, monkeypatch)
+    assert names["freeact.engine_linear.default"] == 1
+    assert not {"freeact.engine_int_mm.default", "aten.index.Tensor", "aten.mul.Tensor"} & set(
+        names
+    )
+    assert torch.linalg.norm((got - want).float()) < 0.01 * torch.linalg.norm(want.float())
+
+
+Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
+SLICES = (0, 1, 2, 1)
+
+
+def sliced(
+    types: Callable[[Tensor], Tensor | None] = lambda types: types,
+    scale_types: Callable[[Tensor], Tensor | None] = lambda types: types,
+    bias_types: Callable[[Tensor], Tensor | None] = lambda types: types,
+    slices: tuple[int, ...] = SLICES,
+) -> Linear:
+    """A Linear with what each of its parts takes for the types, and with the slices that its scale is chosen by."""
+    t = random_transform("paper", WIDTH, NUM_TYPES, seed=1)
+    operands = (t.shift, t.channel_scale, t.left, t.right, t.clip)
+    weight = pack_int4(torch.randint(-7, 8, (NUM_OUTPUTS, WIDTH)).to(torch.int8))
+
+    def linear(x: Tensor, given: Tensor, tables: Tensor) -> Tensor:
+        codes, scale = ops.transform_quantize(
+            x, types(given), *operands, list(t.widths), list(SLICES), 1, 7
+        )
+        y = ops.int_mm(codes, weight) * scale
+        y = y * tables[:3][slice_of_token(scale_types(given), slices, 1)]
+        return (y + rows_of_type(tables, bias_types(given), 1)).to(x.dtype)
+
+    return linear
+
+
+@pytest.mark.parametrize(
+    ("linear", "fused"),
+    [
+        (sliced(), 1),
+        (sliced(*3 * [lambda types: None]), 1),
+        (sliced(types=lambda types: None), 0),
+        (sliced(scale_types=lambda types: None), 0),
+        (sliced(bias_types=lambda types: types + 1 - 1), 0),
+        (sliced(slices=(0, 1, 2, 2)), 0),
+    ],
+    ids=["typed", "untyped", "another transform", "one scale", "another bias", "other slices"],
+)
+def test_slices_that_all_parts_agree_on(
+    linear: Linear, fused: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, types = torch.randn(2, 40, WIDTH).bfloat16(), torch.randint(0, NUM_TYPES + 1, (2, 40))
+    args = (x, types, torch.rand(NUM_TYPES + 1, NUM_OUTPUTS))
+    table = {op: f for op, f in select_decomp_table().items() if op.namespace != "freeact"}
+    traced = make_fx(linear, table, tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
+    want = traced(*args)
+    as_on_hopper(monkeypatch)
+    engine_graph.use_engine_ops(traced.graph)
+    traced.recompile()
+    assert torch.equal(traced(*args), want)
+    names = [str(node.target) for node in traced.graph.nodes]
+    assert names.count("freeact.engine_linear.default") == fused
