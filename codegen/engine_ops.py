@@ -17,8 +17,10 @@ reference, so that graphs with them can be tested anywhere.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +31,29 @@ from .prologue import NO_PROLOGUE, Prologue, before_transform
 from .tiles import LARGEST_NUM_CODES, fits_hopper, hopper_transform_tile
 
 E4M3 = torch.float8_e4m3fn
+_Op = TypeVar("_Op", bound=Callable[..., object])
+
+
+_library = torch.library.Library("freeact", "FRAGMENT")
+
+
+def engine_op(function: _Op) -> _Op:
+    """Register a function as the op ``freeact::<its name>`` of all devices, without autograd.
+
+    Why not ``torch.library.custom_op``: its handling of autograd, its look for outputs that alias inputs, and its guard
+    against Dynamo are Python at every call, 30 us of an op whose kernel takes 10. Ops of compiled graphs, which are
+    called below both, need none.
+    """
+    name = function.__name__
+    schema = torch.library.infer_schema(function, mutates_args=())
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    return function
+
+
+def engine_fake(function: Callable[..., object]) -> Callable[[_Op], _Op]:
+    """The fake of an op that ``engine_op`` registered."""
+    return torch.library.register_fake(f"freeact::{function.__name__}", lib=_library)
 
 
 def to_engine_order(codes: Tensor) -> Tensor:
@@ -45,18 +70,21 @@ def to_plain_order(codes: Tensor) -> Tensor:
 
 def has_kernels(device: torch.device) -> bool:
     """Whether our Triton kernels run on a device: NVIDIA from sm_80 on, with Triton installed."""
-    return (
-        device.type == "cuda"
-        and torch.cuda.is_available()
-        and torch.version.hip is None
-        and importlib.util.find_spec("triton") is not None
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+    return device.type == "cuda" and _capability(device) >= (8, 0)
 
 
 def has_fp8(device: torch.device) -> bool:
-    """Whether a device has fp8 tensor cores: NVIDIA from sm_89 on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    """Whether a device that may have kernels has fp8 tensor cores: NVIDIA from sm_89 on."""
+    return device.type == "cuda" and _capability(device) >= (8, 9)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """(0, 0) where Triton runs nothing."""
+    has_triton = torch.version.hip is None and importlib.util.find_spec("triton") is not None
+    if not has_triton or not torch.cuda.is_available():
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
 
 
 def makes_codes(device: torch.device, qmax: int) -> bool:
@@ -71,7 +99,7 @@ def takes_codes(codes: Tensor) -> bool:
     return codes.dtype == torch.int8 or (codes.dtype == E4M3 and has_fp8(codes.device))
 
 
-@torch.library.custom_op("freeact::engine_transform_quantize", mutates_args=())
+@engine_op
 def engine_transform_quantize(
     x: Tensor,
     token_type: Tensor | None,
@@ -138,7 +166,7 @@ def _transform_kernel(
     return portable.transform_quantize
 
 
-@engine_transform_quantize.register_fake
+@engine_fake(engine_transform_quantize)
 def _(x, token_type, shift, channel_scale, left, right, clip, *static):  # type: ignore[no-untyped-def]
     return fake_codes(x, left, right, static[-1])
 
@@ -149,7 +177,7 @@ def fake_codes(x: Tensor, left: Tensor, right: Tensor, qmax: int) -> tuple[Tenso
     return codes, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
-@torch.library.custom_op("freeact::engine_int_mm", mutates_args=())
+@engine_op
 def engine_int_mm(codes: Tensor, weight: Tensor) -> Tensor:
     """``freeact::int_mm`` of codes in engine order."""
     if has_kernels(codes.device):
@@ -160,12 +188,12 @@ def engine_int_mm(codes: Tensor, weight: Tensor) -> Tensor:
     return reference.int_mm(to_plain_order(codes), weight)
 
 
-@engine_int_mm.register_fake
+@engine_fake(engine_int_mm)
 def _(codes, weight):  # type: ignore[no-untyped-def]
     return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=torch.float32)
 
 
-@torch.library.custom_op("freeact::engine_linear", mutates_args=())
+@engine_op
 def engine_linear(
     codes: Tensor,
     scale: Tensor,
@@ -221,14 +249,14 @@ def engine_linear(
     )
 
 
-@engine_linear.register_fake
+@engine_fake(engine_linear)
 def _(codes, scale, weight, *rest):  # type: ignore[no-untyped-def]
     return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=rest[-1])
 
 
 def is_hopper(device: torch.device) -> bool:
     """Whether the kernels written for Hopper alone run on a device."""
-    return has_kernels(device) and torch.cuda.get_device_capability(device)[0] == 9
+    return has_kernels(device) and _capability(device)[0] == 9
 
 
 def takes_linear(codes: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
@@ -236,13 +264,13 @@ def takes_linear(codes: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     return is_hopper(codes.device) and fits_hopper(codes.shape[-1], weight.shape[0], dtype.itemsize)
 
 
-@torch.library.custom_op("freeact::linear_output", mutates_args=())
+@engine_op
 def linear_output(y: Tensor) -> Tensor:
     """The output of a Linear, for Inductor to write to memory as it is: a product's fp32 integers, which it would
     otherwise rather write and scale where they are read, are larger."""
     return y.clone()
 
 
-@linear_output.register_fake
+@engine_fake(linear_output)
 def _(y):  # type: ignore[no-untyped-def]
     return torch.empty_like(y)

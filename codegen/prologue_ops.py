@@ -17,11 +17,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .engine_ops import fake_codes, run_transform
+from .engine_ops import engine_fake, engine_op, fake_codes, run_transform
 from .prologue import Prologue
 
 
-@torch.library.custom_op("freeact::engine_norm_transform_quantize", mutates_args=())
+@engine_op
 def engine_norm_transform_quantize(
     x: Tensor,
     weight: Tensor | None,
@@ -51,7 +51,7 @@ def engine_norm_transform_quantize(
     return run_transform(x, prologue, *operands, widths, slice_of_type, default_type, qmax)
 
 
-@torch.library.custom_op("freeact::engine_add_norm_transform_quantize", mutates_args=())
+@engine_op
 def engine_add_norm_transform_quantize(
     x: Tensor,
     residual: Tensor,
@@ -81,7 +81,7 @@ def engine_add_norm_transform_quantize(
     return codes, scale, total.view(*lead, num_features)
 
 
-@torch.library.custom_op("freeact::engine_gated_transform_quantize", mutates_args=())
+@engine_op
 def engine_gated_transform_quantize(
     gate: Tensor,
     up: Tensor | None,
@@ -107,17 +107,17 @@ def engine_gated_transform_quantize(
     return run_transform(gate, prologue, *operands, widths, slice_of_type, default_type, qmax)
 
 
-@engine_norm_transform_quantize.register_fake
+@engine_fake(engine_norm_transform_quantize)
 def _(x, weight, bias, types, shift, channel_scale, left, right, *rest):  # type: ignore[no-untyped-def]
     return fake_codes(x, left, right, rest[-1])
 
 
-@engine_add_norm_transform_quantize.register_fake
+@engine_fake(engine_add_norm_transform_quantize)
 def _(x, residual, weight, bias, types, shift, channel_scale, left, right, *rest):  # type: ignore[no-untyped-def]
     codes, scale = fake_codes(x, left, right, rest[-1])
     return codes, scale, torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@engine_gated_transform_quantize.register_fake
+@engine_fake(engine_gated_transform_quantize)
 def _(gate, up, types, shift, channel_scale, left, right, *rest):  # type: ignore[no-untyped-def]
     return fake_codes(gate, left, right, rest[-1])

@@ -5,6 +5,7 @@ Nothing here imports Triton. Compute capabilities are written as PTX does: 80, 9
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 # Bytes of shared memory that one program may use.
@@ -158,6 +159,7 @@ def is_legal_for_hopper(tile: TileConfig, num_codes: int, *, promoted: bool = Fa
     return any(tile == legal for legal, _ in hopper_tiles(num_codes, promoted=promoted))
 
 
+@functools.lru_cache(maxsize=4096)  # asked at every call, and takes longer than the kernel
 def choose_hopper_tile(
     num_tokens: int,
     num_outputs: int,
@@ -223,6 +225,7 @@ class TransformTile:
     num_warps: int
 
 
+@functools.cache
 def transform_tile(d1: int, width: int, d2: int) -> TransformTile:
     """The tile of a Kronecker shape [D1, width] x [D2, D2]; both at most 256."""
     columns = (_padded(d2), 0)
@@ -254,6 +257,7 @@ class HopperTransformTile:
     per_multiprocessor: int
 
 
+@functools.cache
 def hopper_transform_tile(d1: int, d2: int, prologue: str = "none") -> HopperTransformTile | None:
     """The tile of a square Kronecker shape, or None where the portable kernel is for it: rows that would be mostly
     padding of a warp group's 64, and what does not fit its registers.

@@ -28,7 +28,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -46,6 +45,7 @@ from freeact_fx.codegen.tuning import gpu_name, known_tile, problem_of
 
 from .int_mm import partial_dtype
 from .launch import allow_next_kernel, counters, wait_for_previous_kernel
+from .launches import Launch
 
 # Triton 3.9 has new names for the copies.
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -544,6 +544,7 @@ def registers(tile: TileConfig) -> dict[str, int]:
     return {"maxnreg": average, "GROUP_REGISTERS": group}
 
 
+@functools.cache
 def layouts(
     tile: TileConfig, dtype: torch.dtype, codes: torch.dtype = torch.int8
 ) -> tuple[Any, Any, Any]:
@@ -602,14 +603,17 @@ def hopper_linear(
     )
     of_codes, of_weight, of_out = layouts(tile, dtype, codes.dtype)
     weight = weight.view(torch.int8)
-    tiles = triton.cdiv(num_tokens, tile.block_m) * triton.cdiv(num_outputs, tile.block_n)
+    tiles = -(-num_tokens // tile.block_m) * -(-num_outputs // tile.block_n)
     partial = counter = None
     if tile.split_k > 1:
         size = tiles * tile.split_k * tile.block_m * tile.block_n
         partial = torch.empty(size, dtype=partial_dtype(codes.dtype), device=codes.device)
         counter = counters(codes.device, tile.groups * tiles)
     num_programs = min(tiles * tile.split_k, num_multiprocessors * tile.programs)
-    hopper_linear_kernel[(num_programs,)](
+    launch = _launch_of(tile, promoted, default_type, tuple(slice_of_type), tuple(slice_sizes))
+    launch(
+        codes.device,
+        num_programs,
         TensorDescriptor.from_tensor(codes, [tile.block_m, tile.block_k], of_codes),
         TensorDescriptor.from_tensor(weight, [tile.rows, tile.block_k], of_weight),
         TensorDescriptor.from_tensor(out, [tile.block_m, tile.rows], of_out),
@@ -624,8 +628,22 @@ def hopper_linear(
         num_outputs,
         num_codes // 2,
         weight.shape[1],
+    )
+    return out
+
+
+@functools.cache
+def _launch_of(
+    tile: TileConfig,
+    promoted: bool,
+    default_type: int,
+    slice_of_type: tuple[int, ...],
+    slice_sizes: tuple[int, ...],
+) -> Launch:
+    return Launch(
+        hopper_linear_kernel,
         DEFAULT_TYPE=default_type,
-        SLICE_OF_TYPE=tuple(slice_of_type),
+        SLICE_OF_TYPE=slice_of_type,
         SLICE_STARTS=tuple(sum(slice_sizes[:i]) // 2 for i in range(len(slice_sizes))),
         STAGES=tile.num_stages,
         BLOCK_M=tile.block_m,
@@ -640,7 +658,6 @@ def hopper_linear(
         enable_fp_fusion=True,
         launch_pdl=True,
     )
-    return out
 
 
 @functools.cache

@@ -30,6 +30,7 @@ from freeact_fx.codegen.prologue import NO_PROLOGUE, Prologue
 from freeact_fx.codegen.tiles import HopperTransformTile, hopper_transform_tile
 
 from .launch import allow_next_kernel, wait_for_previous_kernel
+from .launches import Launch
 from .transform_quantize import rows_in_memory
 
 SMALLEST = gl.constexpr(1e-30)
@@ -603,7 +604,20 @@ def hopper_transform_quantize(
     other = None if prologue.other is None else rows_in_memory(prologue.other)
     optional = (prologue.weight, prologue.bias, token_type, shift, channel_scale)
     contiguous = (None if t is None else t.contiguous() for t in optional)
-    hopper_transform_quantize_kernel[(min(num_tokens, _num_programs(x.device, tile)),)](
+    launch = _launch_of(
+        d1,
+        d2,
+        len(slice_of_type),
+        default_type,
+        qmax,
+        tile,
+        prologue.kind,
+        prologue.eps,
+        prologue.weight_offset,
+    )
+    launch(
+        x.device,
+        min(num_tokens, _num_programs(x.device, tile)),
         x,
         other,
         prologue.total,
@@ -616,9 +630,27 @@ def hopper_transform_quantize(
         num_tokens,
         x.stride(0),
         0 if other is None else other.stride(0),
+    )
+    return result
+
+
+@functools.cache
+def _launch_of(
+    d1: int,
+    d2: int,
+    num_types: int,
+    default_type: int,
+    qmax: int,
+    tile: HopperTransformTile,
+    prologue: str,
+    eps: float,
+    weight_offset: float,
+) -> Launch:
+    return Launch(
+        hopper_transform_quantize_kernel,
         D1=d1,
         D2=d2,
-        NUM_TYPES=len(slice_of_type),
+        NUM_TYPES=num_types,
         DEFAULT_TYPE=default_type,
         QMAX=qmax,
         ROWS=tile.rows,
@@ -626,15 +658,14 @@ def hopper_transform_quantize(
         COLUMNS_B=tile.columns[1],
         IN_A=tile.rows_in[0],
         IN_B=tile.rows_in[1],
-        PROLOGUE=prologue.kind,
-        EPS=prologue.eps,
-        WEIGHT_OFFSET=prologue.weight_offset,
+        PROLOGUE=prologue,
+        EPS=eps,
+        WEIGHT_OFFSET=weight_offset,
         num_warps=tile.num_warps,
         maxnreg=tile.registers,
         enable_fp_fusion=True,
         launch_pdl=True,
     )
-    return result
 
 
 @functools.cache

@@ -28,6 +28,7 @@ from torch import Tensor
 from freeact_fx.codegen.prologue import NO_PROLOGUE, Prologue
 from freeact_fx.codegen.tiles import transform_tile
 
+from .launches import Launch
 from .transform_prologue import centred, load_token, shifted, sum_of, weighted
 
 _OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
@@ -275,10 +276,22 @@ def transform_quantize(
     other = None if prologue.other is None else rows_in_memory(prologue.other)
     optional = (prologue.weight, prologue.bias, token_type, shift, channel_scale)
     contiguous = (None if t is None else t.contiguous() for t in optional)
-    launch = transform_quantize_kernel[(min(num_tokens, _num_programs(x.device)),)]
+    launch: Callable[..., None] = _launch_of(
+        d1,
+        d2,
+        tuple(widths),
+        tuple(slice_of_type),
+        default_type,
+        qmax,
+        prologue.kind,
+        prologue.eps,
+        prologue.weight_offset,
+    )
     if tile.columns[1] and _OLD_TRITON:
         launch = functools.partial(_without_wgmma, launch)
     launch(
+        x.device,
+        min(num_tokens, _num_programs(x.device)),
         x,
         other,
         prologue.total,
@@ -291,34 +304,52 @@ def transform_quantize(
         num_tokens,
         x.stride(0),
         0 if other is None else other.stride(0),
+    )
+    return result
+
+
+@functools.cache
+def _launch_of(
+    d1: int,
+    d2: int,
+    widths: tuple[int, ...],
+    slice_of_type: tuple[int, ...],
+    default_type: int,
+    qmax: int,
+    prologue: str,
+    eps: float,
+    weight_offset: float,
+) -> Launch:
+    tile = transform_tile(d1, max(widths), d2)
+    return Launch(
+        transform_quantize_kernel,
         D1=d1,
         D2=d2,
         STARTS=tuple(sum(widths[:i]) for i in range(len(widths))),
-        WIDTHS=tuple(widths),
-        SLICE_OF_TYPE=tuple(slice_of_type),
+        WIDTHS=widths,
+        SLICE_OF_TYPE=slice_of_type,
         DEFAULT_TYPE=default_type,
         QMAX=qmax,
         IN=tile.block_in,
         OUT=tile.block_out,
         COLUMNS_A=tile.columns[0],
         COLUMNS_B=tile.columns[1],
-        PROLOGUE=prologue.kind,
-        EPS=prologue.eps,
-        WEIGHT_OFFSET=prologue.weight_offset,
+        PROLOGUE=prologue,
+        EPS=eps,
+        WEIGHT_OFFSET=weight_offset,
         num_warps=tile.num_warps,
         num_stages=1,
         enable_fp_fusion=True,
     )
-    return result
 
 
-def _without_wgmma(launch: Callable[..., object], *operands: object, **static: object) -> None:
+def _without_wgmma(launch: Callable[..., None], *operands: object) -> None:
     """Triton 3.6 compiles a token in two pieces for Hopper's warp groups so that it reads and writes astray; the
     matrix instruction of sm_80 is right. A switch in the environment is all that it has for it."""
     before = os.environ.get("DISABLE_MMA_V3")
     os.environ["DISABLE_MMA_V3"] = "1"
     try:
-        launch(*operands, **static)
+        launch(*operands)
     finally:
         if before is None:
             del os.environ["DISABLE_MMA_V3"]
@@ -331,6 +362,7 @@ def rows_in_memory(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+@functools.cache
 def _num_programs(device: torch.device) -> int:
     """A few programs for each multiprocessor; each keeps the matrices and walks over tokens."""
     if device.type != "cuda":

@@ -20,7 +20,7 @@ from torch._inductor.select_algorithm import (
 )
 from torch._inductor.virtualized import V
 
-from freeact_fx.codegen.engine_ops import has_kernels
+from freeact_fx.codegen.engine_ops import E4M3, has_kernels
 from freeact_fx.codegen.kernels import int_mm as kernel
 from freeact_fx.codegen.tiles import TileConfig, candidates, choose_tile
 
@@ -48,8 +48,10 @@ _BODY = r"""
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     bytes_of_split = tl.cdiv(num_even, BLOCK_K * SPLIT_K) * BLOCK_K
     first_byte = idx_split * bytes_of_split
+    # Where Inductor reads bytes as e4m3, the pointer that it hands over is still one to bytes.
+    typed_codes = codes.to(tl.pointer_type(tl.float8e4nv if E4M3 else tl.int8), bitcast=True)
     total = accumulate_codes(
-        codes,
+        typed_codes,
         weight.to(tl.pointer_type(tl.int8), bitcast=True),
         K,
         weight_stride,
@@ -137,6 +139,7 @@ def engine_int_mm(codes: Any, weight: Any) -> Any:
             GROUP_M=tile.group_m,
             SPLIT_K=tile.split_k,
             MASKED=kernel.is_masked(int(num_codes), tile),
+            E4M3=codes.get_dtype() == E4M3,
         )
     product = autotune_select_algorithm("freeact_int_mm", choices, [flat, weight], layout)
     if isinstance(product, tuple):  # from torch 2.13 on with the choice it made

@@ -22,7 +22,7 @@ from torch import nn
 pytest.importorskip("triton")
 
 import triton
-from offline import E4M3_INSTRUCTIONS, INT8_INSTRUCTIONS, compile_kernel
+from offline import E4M3_INSTRUCTIONS, INT8_INSTRUCTIONS, Compiled, compile_kernel
 from torch._inductor import config as inductor_config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.graph import GraphLowering
@@ -107,10 +107,8 @@ def emitted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emissions]:
         yield emissions
 
 
-def compile_layer(num_tokens: int, bits: Any = 4) -> None:
-    config = QuantConfig(
-        plan="shift", token_types=TokenTypes.mask_token(MASK), activation_bits=bits
-    )
+def compile_layer(num_tokens: int, bits: Any = 4, plan: str = "shift") -> None:
+    config = QuantConfig(plan=plan, token_types=TokenTypes.mask_token(MASK), activation_bits=bits)
     with torch.no_grad():
         model = Layer().eval().bfloat16()
         freeact_fx.convert(model, config)
@@ -166,13 +164,7 @@ def test_few_tokens_in_e4m3(emitted: Emissions) -> None:
         assert f"'{stored}': '*fp32'" in source, "partial sums"
 
 
-@pytest.mark.inductor
-@pytest.mark.parametrize("bits", [4, "e4m3"])
-def test_an_emitted_kernel_compiles_for_hopper(
-    emitted: Emissions, tmp_path: Path, bits: Any
-) -> None:
-    compile_layer(512, bits)
-    source = emitted.products[0]
+def compile_emitted(source: str, folder: Path) -> Compiled:
     (name,) = re.findall(r"def (triton_\w+)\(", source)
     # Without what Inductor writes around the function to launch it.
     code = (
@@ -180,7 +172,7 @@ def test_an_emitted_kernel_compiles_for_hopper(
         + "@triton.jit"
         + source.split("@triton.jit", 1)[1]
     )
-    file = tmp_path / "emitted_kernel.py"
+    file = folder / "emitted_kernel.py"
     file.write_text(code)
     spec = importlib.util.spec_from_file_location("emitted_kernel", file)
     assert spec is not None
@@ -191,7 +183,7 @@ def test_an_emitted_kernel_compiles_for_hopper(
     signature = dict(
         re.findall(r"'(\w+)': '([*\w]+)'", source.split("'signature': {")[1].split("}")[0])
     )
-    compiled = compile_kernel(
+    return compile_kernel(
         kernel,
         90,
         pointers={n: kind for n, kind in signature.items() if kind.startswith("*")},
@@ -199,6 +191,26 @@ def test_an_emitted_kernel_compiles_for_hopper(
         constants={},
         num_warps=int(re.findall(r"num_warps=(\d+)", source)[0]),
     )
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("bits", [4, "e4m3"])
+def test_an_emitted_kernel_compiles_for_hopper(
+    emitted: Emissions, tmp_path: Path, bits: Any
+) -> None:
+    compile_layer(512, bits)
+    compiled = compile_emitted(emitted.products[0], tmp_path)
     instructions = E4M3_INSTRUCTIONS if bits == "e4m3" else INT8_INSTRUCTIONS
     assert re.search(instructions[90], compiled.ptx)
     assert compiled.local_bytes == 0
+
+
+@pytest.mark.inductor
+def test_e4m3_codes_that_are_reordered_as_bytes_are_not_multiplied_as_integers(
+    emitted: Emissions, tmp_path: Path
+) -> None:
+    """A branch's transform is plain ops; Inductor gives the product the buffer of bytes that they end in."""
+    compile_layer(4, "e4m3", "branch")
+    compiled = compile_emitted(emitted.products[0], tmp_path)
+    assert re.search(E4M3_INSTRUCTIONS[90], compiled.ptx)
+    assert not re.search(INT8_INSTRUCTIONS[90], compiled.ptx)
