@@ -125,7 +125,7 @@ def calibrated(
         batches = _batches(
             source, model, types, text_file, batches_file, num_tokens, batch, num_windows
         )
-    options = (QUICK if quick else {}) | quantisation.options(model)
+    options = (dict(QUICK) if quick else {}) | quantisation.options(model)
     config = QuantConfig.from_options(options)
     checkpoint = freeact_fx.calibrate(
         model, batches, config, progress=progress, max_bytes=bound, resume=resume
