@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,7 @@ def measure(name: str, cache: Path, num_scored: int) -> dict[str, Any]:
         "num_windows": num_windows,
         "seconds": round(time.perf_counter() - wall, 1),
         "processor_seconds": round(time.process_time() - processor, 1),
+        "load_average": [round(load, 1) for load in os.getloadavg()],  # others on this machine
         "peak_bytes": peak_memory_bytes(),
         "checkpoint_bytes": checkpoint.num_bytes,
         "config": config.to_dict(),
@@ -94,7 +96,7 @@ def main() -> int:
             subprocess.run(command, check=True)
             measured.append(json.loads(file.read_text()))
         append_result(args.out, **measured[-1])
-    columns = ("setting", "num_windows", "seconds", "processor_seconds", "peak_bytes", "nll")
+    columns = ("setting", "num_windows", "seconds", "processor_seconds", "load_average", "nll")
     print(table([list(columns), *([str(m.get(c, "")) for c in columns] for m in measured)]))
     late = [m["setting"] for m in measured if m["seconds"] > SETTINGS[m["setting"]][2]]
     if args.check and late:
