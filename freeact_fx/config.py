@@ -142,10 +142,10 @@ class QuantConfig:
         return QuantConfig(**options)
 
     def quick(self) -> QuantConfig:
-        """The same with a calibration that takes about a third of the time: plan "branch" in every group (the better
-        of its two kinds by prediction), in place of the best of all plans, on half of the sampled tokens.
+        """The same with a shorter calibration: plan "branch" in every group (the better of its two kinds by prediction)
+        in place of the best of all plans, on half of the sampled tokens.
 
-        Its outputs are hardly worse (docs/calibration.md); what is lost is that no group is worse than under "single".
+        What it takes and costs stands in docs/calibration.md. Lost is that no group is worse than under "single".
         """
         return replace(self, **QUICK)
 

@@ -249,7 +249,9 @@ def calibrate(
     ] = None,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="A third of the time: QuantConfig.quick(), under any --set."),
+        typer.Option(
+            "--quick", help="A shorter calibration: QuantConfig.quick(), under any --set."
+        ),
     ] = False,
     mask_token_id: MaskTokenId = None,
     token_types: Types = None,
