@@ -36,7 +36,8 @@ def plot(table: Mapping[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     rows = list(_rated(table))
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, max(4.0, 1 + 0.24 * len(rows))))
+    size = (16, max(4.0, 1 + 0.24 * len(rows)))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=size, layout="constrained")
     environment = table["environment"]
     rehearsal = " (rehearsal, no result)" if environment["rehearsal"] else ""
     figure.suptitle(f"{environment['device']}, commit {environment['commit']}{rehearsal}")
@@ -52,7 +53,6 @@ def plot(table: Mapping[str, Any], path: Path) -> None:
         right.tick_params(labelsize=7)
         right.axvline(100, color="gray", linewidth=1)
         right.set_xlabel("% of the roof at the row's intensity")
-    figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--peers", choices=("all", "ratio"), default="all",
                         help="ratio: only the columns that a ratio is against")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=2.0, help="of timed rounds for each row")
-    parser.add_argument("--commit", help="of this copy of the sources, if git is not there")
+    parser.add_argument("--commit", help="of this copy of the sources, if its git does not know")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--shapes", choices=("table", "tiny"), default="table")
     parser.add_argument("--layers", type=int, help="of the decoders; a rehearsal")

@@ -255,9 +255,9 @@ def _random(device: torch.device, *shape: int) -> Tensor:
 
 
 def environment(bench: Bench, *, rehearsal: bool, commit: str | None = None) -> dict[str, Any]:
-    """Hardware, versions and commit; ``commit`` is for a copy of the sources without git."""
+    """Hardware, versions and commit; ``commit`` is for a copy of the sources whose git does not know."""
     facts = measure.environment()
-    if facts["commit"] == "unknown" and commit:
+    if commit:
         facts["commit"] = commit
     return {
         "rehearsal": rehearsal,

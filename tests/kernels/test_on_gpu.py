@@ -456,7 +456,8 @@ def check(
         row, types, *wide, None, t.widths, t.slice_of_type, 1, 0, qmax
     )
     differing = codes.double() != exact.double()  # torch compares no fp8
-    assert float(differing.float().mean()) < (0.02 if qmax == 7 else 0.1)
+    # Neighbouring integers of 8 bits and values of e4m3 are nearer to each other than 4-bit codes.
+    assert float(differing.float().mean()) < {7: 0.02, 127: 0.1, 448: 0.2}[qmax]
     return prologue.total
 
 
