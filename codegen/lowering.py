@@ -39,7 +39,7 @@ def register() -> None:
         from .templates import int_mm  # noqa: F401  (registers its lowering)
 
         if is_hopper(torch.device("cuda")):
-            from .kernels.launch import make_counters
+            from .kernels.stream_order import make_counters
 
             make_counters(torch.device("cuda", torch.cuda.current_device()))
 

@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from freeact_fx.codegen.prologue import NO_PROLOGUE, Prologue
 from freeact_fx.codegen.tiles import HopperTransformTile, hopper_transform_tile
 
-from .launch import allow_next_kernel, wait_for_previous_kernel
+from .stream_order import allow_next_kernel, wait_for_previous_kernel
 from .launches import Launch
 from .transform_quantize import rows_in_memory
 
