@@ -9,8 +9,8 @@ has a barrier arrival of its own: with eight warps in one group some arrive befo
 
 Where there are too few tiles for the chip, K is split among programs. Each leaves its sum in memory and counts itself;
 the last one adds what the others left, and does the epilogue. Weights are on their way before the kernel before is done
-(``stream_order``): into shared memory as many as there is room for; with few tokens, whose time is that of the weights, all
-of a program's first tile into the L2 cache.
+(``stream_order``): into shared memory as many as there is room for; with few tokens, whose time is that of the weights,
+all of a program's first tile into the L2 cache.
 
 e4m3 codes differ in unpacking and in the accumulator. With PROMOTED the sum of a step is added to the rest in fp32, as
 in ``int_mm``; registers hold both, so tiles are smaller. Without, all is left to the tensor core.
@@ -44,8 +44,8 @@ from freeact_fx.codegen.tiles import PROMOTED, TileConfig, choose_hopper_tile
 from freeact_fx.codegen.tuning import gpu_name, known_tile, problem_of
 
 from .int_mm import partial_dtype
-from .stream_order import allow_next_kernel, counters, wait_for_previous_kernel
 from .launches import Launch
+from .stream_order import allow_next_kernel, counters, wait_for_previous_kernel
 
 # Triton 3.9 has new names for the copies.
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared

@@ -29,8 +29,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from freeact_fx.codegen.prologue import NO_PROLOGUE, Prologue
 from freeact_fx.codegen.tiles import HopperTransformTile, hopper_transform_tile
 
-from .stream_order import allow_next_kernel, wait_for_previous_kernel
 from .launches import Launch
+from .stream_order import allow_next_kernel, wait_for_previous_kernel
 from .transform_quantize import rows_in_memory
 
 SMALLEST = gl.constexpr(1e-30)
