@@ -101,6 +101,9 @@ class Packer:
         else:
             # The codes were made from this weight; the bias may be another by now.
             stored = replace(stored, bias_table=transform.bias_table(dense, dense_bias))
+        if stored.weight.is_cuda:
+            # Kernels fetch weights before the kernel in front of them is done (codegen/kernels/stream_order).
+            torch.cuda.current_stream(stored.weight.device).synchronize()
         entries[key] = (state, (transform, stored))
         return transform, stored
 

@@ -57,6 +57,8 @@ def test_wheel_holds_every_source_file(wheel: zipfile.ZipFile) -> None:
         expected |= {f"{prefix}/{file.as_posix()}" for file in files}
     assets = [f for f in (ROOT / "freeact_fx/inspection/assets").rglob("*") if f.is_file()]
     expected |= {f.relative_to(ROOT).as_posix() for f in assets}
+    tiles = (ROOT / "codegen/tuned").glob("*.json")
+    expected |= {f"freeact_fx/{f.relative_to(ROOT).as_posix()}" for f in tiles}
     installed = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert installed == expected
     assert {f"freeact_fx/{name}/__init__.py" for name in ("passes", "codegen")} < installed

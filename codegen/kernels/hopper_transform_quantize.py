@@ -431,7 +431,7 @@ def hopper_transform_quantize_kernel(
     mma: gl.constexpr = product_layout(COLUMNS, num_warps)
     left_operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma, k_width=2)
     allow_next_kernel()
-    # What does not depend on the kernel before: both factors, and the vectors over channels.
+    # What does not depend on the kernel before: both factors. A norm's weight might.
     left_tile_a = bf16_tile(IN_A, ROWS)
     left_tile_a.store(load_factor(left_ptr, 0, IN_A, 0, ROWS, D1, num_warps))
     right_aa = bf16_tile(COLUMNS, COLUMNS)
@@ -452,6 +452,7 @@ def hopper_transform_quantize_kernel(
         right_bb = bf16_tile(COLUMNS_B, COLUMNS_B)
         right = load_factor(right_ptr, COLUMNS, COLUMNS_B, COLUMNS, COLUMNS_B, D2, num_warps)
         right_bb.store(for_contiguous_codes(right))
+    wait_for_previous_kernel()
     token_tile_a = bf16_tile(IN_A, COLUMNS)
     place_a = place_of(0, IN_A, 0, COLUMNS, D1, D2, tokens)
     weight_a, bias_a, channel_scale_a = weight_ptr, bias_ptr, channel_scale_ptr
@@ -472,7 +473,6 @@ def hopper_transform_quantize_kernel(
             bias_b = load_channels(bias_ptr, place_b, 0.0)
         if channel_scale_ptr is not None:
             channel_scale_b = load_channels(channel_scale_ptr, place_b, 0.0)
-    wait_for_previous_kernel()
     # Not a for: out of one the compiler moves loads, which then fill the registers.
     token = gl.program_id(0).to(gl.int64)
     next_token = gl.minimum(token, M - 1)

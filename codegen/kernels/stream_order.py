@@ -2,7 +2,8 @@
 
 Programmatic dependent launch: a kernel that is launched with ``launch_pdl`` may be there before its inputs are. What it
 does first, fetching weights, overlaps the end of the kernel before. It must wait before it reads what that one wrote,
-and before it writes anything.
+and before it writes anything. So packed weights and factors must be there before a graph runs: who makes them on the
+GPU waits for the stream (``packing``).
 
 Counters by which programs of one launch find out who is last: zeros that every launch leaves as it found them.
 """
