@@ -164,10 +164,13 @@ def test_structured_trace(looked: Looked) -> None:
 
 
 @pytest.mark.inductor
-@pytest.mark.skipif(shutil.which("tlparse") is None, reason="tlparse is not installed")
 def test_tlparse_shows_our_files(looked: Looked, tmp_path: Path) -> None:
     (trace,) = (looked.folder / "trace").glob("*.log")
-    command = ["tlparse", str(trace), "-o", str(tmp_path / "out"), "--no-browser"]
+    # Beside the interpreter, whose folder is not on the path of whoever did not activate its environment.
+    folders = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    tool = shutil.which("tlparse", path=folders)
+    assert tool is not None, "tlparse is not installed: pip install -e '.[test]'"
+    command = [tool, str(trace), "-o", str(tmp_path / "out"), "--no-browser"]
     subprocess.run(command, check=True, capture_output=True)
     shown = (tmp_path / "out" / "index.html").read_text()
     for name in ("before", "detect", "annotate", "insert", "report"):
