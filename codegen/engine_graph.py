@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor import config as inductor_config
 from torch.fx import Graph, Node
 
 from .engine_ops import has_kernels, takes_codes
@@ -34,8 +33,11 @@ aten, prims = torch.ops.aten, torch.ops.prims
 freeact = torch.ops.freeact
 
 
-def use_engine_ops(graph: Graph) -> None:
-    """Replace the plain ops whose codes a GPU has an engine for; edits the graph in place."""
+def use_engine_ops(graph: Graph, *, tune: bool = False) -> None:
+    """Replace the plain ops whose codes a GPU has an engine for; edits the graph in place.
+
+    tune  measure the tiles of its Linears that this machine does not know yet
+    """
     reordered: dict[Node, Node] = {}
     products = []
     for node in list(graph.nodes):
@@ -59,7 +61,7 @@ def use_engine_ops(graph: Graph) -> None:
             _mark(graph, output)
     graph.eliminate_dead_code()
     fold_norms(graph)
-    if inductor_config.max_autotune:
+    if tune:
         tune_linears(graph)
     graph.lint()
 

@@ -97,7 +97,7 @@ def ship(gpu: str, folder: Path, facts: dict[str, Any]) -> Path:
 
 def cache_file(gpu: str) -> Path:
     """Where this machine's measurements are, in Inductor's cache folder (TORCHINDUCTOR_CACHE_DIR)."""
-    from freeact_fx.compat import inductor_cache  # which imports our passes on Inductor's graphs
+    from freeact_fx.compat import inductor_cache  # not above: it imports this, by engine_graph
 
     folder, _ = inductor_cache()
     return Path(folder) / "freeact" / f"tiles-{_slug(gpu)}.json"

@@ -58,7 +58,7 @@ class CacheKey(CustomGraphPass):
         self._uuid = f"freeact:{_source_digest()}:{options_digest}"
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        use_engine_ops(graph)
+        use_engine_ops(graph, tune=inductor_config.max_autotune)
 
     def uuid(self) -> str:
         return self._uuid

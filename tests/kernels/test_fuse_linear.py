@@ -55,8 +55,8 @@ def compiled(
     as_on_hopper(monkeypatch)
     names: Counter[str] = Counter()
 
-    def use_engine_ops(graph: Graph) -> None:
-        engine_graph.use_engine_ops(graph)
+    def use_engine_ops(graph: Graph, *, tune: bool) -> None:
+        engine_graph.use_engine_ops(graph, tune=tune)
         names.update(str(node.target) for node in graph.nodes if node.op == "call_function")
 
     monkeypatch.setattr(compat, "use_engine_ops", use_engine_ops)
