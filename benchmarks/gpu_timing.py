@@ -211,7 +211,8 @@ class Bench:
         found: dict[str, float | str] = {}
         for name, result in timings.items():
             amount = 2 * source.numel() if name == "copy_gbs" else 2 * m * n * k / 1e3
-            found[name] = round(amount / result.median_ms / 1e6, 1)
+            # Four digits, not decimals: never 0, whatever else a machine does.
+            found[name] = float(f"{amount / result.median_ms / 1e6:.4g}")
         return {**found, **missing}
 
 
