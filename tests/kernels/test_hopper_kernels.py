@@ -1,0 +1,133 @@
+"""The kernels for Hopper in ``gluon_interpreter``: every tile, slices, split sums, and the transform with all that
+precedes it, beside the reference. The same on a GPU: ``test_on_gpu.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+import gluon_interpreter
+import torch
+from gluon_interpreter import InterpretedLaunch, InterpreterError
+from prologue_bound import exact_row
+from random_prologues import random_prologue
+from random_transforms import random_transform
+from torch import Tensor
+from transform_bound import codes_of
+
+from freeact_fx import reference
+from freeact_fx.codegen.engine_ops import to_engine_order, to_plain_order
+from freeact_fx.codegen.kernels import hopper_int_mm, hopper_transform_quantize
+from freeact_fx.codegen.prologue import NO_PROLOGUE
+from freeact_fx.codegen.tiles import TileConfig, hopper_tiles
+from freeact_fx.reference import pack_int4
+
+E4M3 = torch.float8_e4m3fn
+counter = torch.zeros(4096, dtype=torch.int32)
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A chip of three multiprocessors."""
+    for module in (hopper_int_mm, hopper_transform_quantize):
+        monkeypatch.setattr(module, "Launch", InterpretedLaunch)
+        module._launch_of.cache_clear()
+    monkeypatch.setattr(hopper_int_mm, "_num_multiprocessors", lambda device: 3)
+    monkeypatch.setattr(hopper_int_mm, "counters", lambda device, number: counter)
+    monkeypatch.setattr(hopper_transform_quantize, "_num_programs", lambda device, tile: 3)
+    yield
+    for module in (hopper_int_mm, hopper_transform_quantize):
+        module._launch_of.cache_clear()
+
+
+def random_codes(*shape: int, largest: int) -> Tensor:
+    return torch.randint(-largest, largest + 1, shape).to(torch.int8)
+
+
+@pytest.mark.parametrize("order", ["untyped", "one type", "mixed"])
+@pytest.mark.parametrize("dtype", [torch.int8, E4M3], ids=str)
+@pytest.mark.parametrize("tile", [tile for tile, _ in hopper_tiles(1024)], ids=str)
+def test_linear(tile: TileConfig, dtype: torch.dtype, order: str) -> None:
+    """Three slices for the types if they are mixed, one otherwise."""
+    promoted = dtype == E4M3
+    if promoted and tile.block_m * tile.rows > 64 * 128:
+        tile = replace(tile, block_m=64 * 128 // tile.rows)
+    num_tokens, num_outputs = tile.block_m + 9, tile.block_n + 24
+    sizes = [1024] if order != "mixed" else [500, 24, 500]
+    slice_of_type = [*range(len(sizes)), 0, len(sizes) - 1]
+    types = torch.randint(-1, len(slice_of_type), (num_tokens,)) if order == "mixed" else None
+    default = len(slice_of_type) - 1
+    chosen = torch.tensor(slice_of_type)[default if types is None else types]
+    in_slice = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    codes = random_codes(num_tokens, 1024, largest=7) * (in_slice == chosen.view(-1, 1))
+    weight_i4 = random_codes(num_outputs, 1024, largest=7)
+    scale, weight_scale = torch.rand(num_tokens), torch.rand(len(sizes), num_outputs)
+    table = torch.randn(len(slice_of_type), num_outputs) if order != "untyped" else None
+    got = hopper_int_mm.hopper_linear(
+        to_engine_order(codes.to(dtype)),
+        scale,
+        pack_int4(weight_i4),
+        weight_scale,
+        table,
+        types,
+        sizes,
+        slice_of_type,
+        default,
+        torch.bfloat16,
+        tile,
+        promoted,
+    )
+    want = codes.double() @ weight_i4.double().t() * scale[:, None] * weight_scale.double()[chosen]
+    rows = torch.zeros_like(want)
+    if table is not None:
+        rows += reference.rows_of_type(table, types, default).double()
+    bound = 4 * 2**-24 * (want.abs() + rows.abs()) + (want + rows).abs() * 2**-8 + 1e-7
+    assert bool(((got.double() - want - rows).abs() <= bound).all())
+    assert int(counter.abs().max()) == 0
+
+
+@pytest.mark.parametrize("kind", ["none", "rms", "rms of a sum", "layer", "silu", "gelu_tanh"])
+@pytest.mark.parametrize("num_features", [3584, 4096, 12288])
+@pytest.mark.parametrize("qmax", [7, 448])
+def test_transform(num_features: int, kind: str, qmax: int) -> None:
+    x = torch.randn(7, num_features).bfloat16()
+    prologue, args = random_prologue(kind, x), random_transform("shift", num_features, 2, seed=1)
+    types = torch.randint(-1, 3, (7,))
+    check(x, prologue, args, types, qmax)
+
+
+def check(x: Tensor, prologue: Any, t: Any, types: Tensor, qmax: int) -> None:
+    row, error = exact_row(x, prologue)
+    bounds = codes_of(t, row, types, 2, qmax, error, in_bf16=True)
+    codes, scale = hopper_transform_quantize.hopper_transform_quantize(
+        x, types, t.shift, t.channel_scale, t.left, t.right, t.clip, t.widths, t.slice_of_type,
+        2, qmax, prologue,
+    )  # fmt: skip
+    bounds.check(to_plain_order(codes), scale)
+
+
+def test_what_is_not_finite_poisons_its_own_token() -> None:
+    x = torch.randn(4, 4096)
+    x[1, 5], x[2, 7] = torch.nan, torch.inf
+    t = random_transform("shift", 4096, 2, seed=1)
+    _, scale = hopper_transform_quantize.hopper_transform_quantize(
+        x, None, t.shift, t.channel_scale, t.left, t.right, t.clip, t.widths, t.slice_of_type,
+        0, 7, NO_PROLOGUE,
+    )  # fmt: skip
+    assert scale.isfinite().flatten().tolist() == [True, False, False, True]
+
+
+def test_the_interpreter_finds_what_is_wrong() -> None:
+    pointer = gluon_interpreter.Pointer.to_tensor(torch.zeros(4))
+    with pytest.raises(InterpreterError, match="element 4 of a tensor that has 4"):
+        gluon_interpreter.load(pointer + 4)
+    barrier = gluon_interpreter.Barrier()
+    barrier.count = 1
+    barrier.arrive()
+    with pytest.raises(InterpreterError, match="more arrivals"):
+        barrier.arrive(2)
