@@ -255,29 +255,33 @@ class HopperTransformTile:
     num_warps: int
     registers: int
     per_multiprocessor: int
+    ahead: bool
 
 
 @functools.cache
-def hopper_transform_tile(d1: int, d2: int, prologue: str = "none") -> HopperTransformTile | None:
+def hopper_transform_tile(
+    d1: int, widths: tuple[int, ...], d2: int, prologue: str = "none"
+) -> HopperTransformTile | None:
     """The tile of a square Kronecker shape, or None where the portable kernel is for it: rows that would be mostly
     padding of a warp group's 64, and what does not fit its registers.
 
     prologue  ``Prologue.kind``
     """
-    rows, columns = _padded(d1), _in_pieces(d2)
+    rows, columns = _padded(sum(widths)), _in_pieces(d2)
     if not (64 <= rows <= 128 and 16 <= columns[0] <= 128) or d2 % 2:
         return None
     size = rows * sum(columns)
     if prologue == "gelu" and size > 64 * 64:  # the error function spills registers
         return None
-    rows_in = (rows, 0) if columns[1] else _in_pieces(d1)
+    rows_in = (_padded(d1), 0) if columns[1] else _in_pieces(d1)
     if size <= 64 * 64:
         registers, programs = (96, 5) if prologue == "none" else (128, 4)
     elif size <= 64 * 128:
         registers, programs = 168, 3
     else:
         registers, programs = (168 if prologue == "none" and not columns[1] else 255), 1
-    return HopperTransformTile(rows, columns, rows_in, rows // 16, registers, programs)
+    ahead = size > 64 * 128
+    return HopperTransformTile(rows, columns, rows_in, rows // 16, registers, programs, ahead)
 
 
 def _in_pieces(size: int) -> tuple[int, int]:

@@ -172,15 +172,69 @@ def activation(x, KIND: gl.constexpr):
 
 
 @gluon.jit
-def sum_of(tile):
-    """At once over both dimensions: each exchange between threads takes time."""
-    return gl.sum(gl.reshape(tile, (tile.shape[0] * tile.shape[1],)), 0)
+def by_thread(tile, num_warps: gl.constexpr):
+    """What each thread has of a piece in ``memory_layout``: [threads, values]."""
+    ROWS: gl.constexpr = tile.shape[0]
+    PER_ROW: gl.constexpr = tile.shape[1] // 8
+    AT_ONCE: gl.constexpr = 32 // PER_ROW
+    shape: gl.constexpr = (ROWS // (AT_ONCE * num_warps), num_warps, AT_ONCE, PER_ROW, 8)
+    values = gl.permute(gl.reshape(tile, shape), (1, 2, 3, 0, 4))
+    return gl.reshape(values, (32 * num_warps, ROWS * PER_ROW * 8 // (32 * num_warps)))
 
 
 @gluon.jit
-def bf16_tile(ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+def sum_in_threads(tile, num_warps: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    return gl.convert_layout(gl.sum(by_thread(tile, num_warps), 1), layout, assert_trivial=True)
+
+
+@gluon.constexpr_function
+def log2(power):
+    return power.bit_length() - 1
+
+
+@gluon.jit
+def magnitude_in_threads(even, odd, num_warps: gl.constexpr):
+    """The largest magnitude that each thread has in ``layout_of_pairs``, as bits: a NaN's are larger than all numbers'.
+
+    Bits because threads compare integers in one instruction. In a tree: one after the other they would wait.
+    """
+    ROWS: gl.constexpr = even.shape[0]
+    PAIRS: gl.constexpr = even.shape[1]
+    tile = gl.reshape(larger_magnitude(even, odd), (ROWS // 16, 2, 8, 4, PAIRS // 4))
+    tile = gl.reshape(gl.permute(tile, (0, 2, 3, 1, 4)), (2 * ROWS, PAIRS // 2))
+    for _ in gl.static_range(log2(PAIRS // 2)):
+        one, other = gl.split(gl.reshape(tile, (2 * ROWS, tile.shape[1] // 2, 2)))
+        tile = larger_magnitude(one, other)
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    of_thread = gl.reshape(tile, (2 * ROWS,)).to(gl.int32, bitcast=True)
+    return gl.convert_layout(of_thread, layout, assert_trivial=True)
+
+
+@gluon.jit
+def exchanged(of_warp, slots, num_warps: gl.constexpr):
+    """A value of each warp, in every thread. Between two uses of the same slots there must be another barrier."""
+    slots.store(of_warp)
+    _barrier()
+    return slots.load(gl.BlockedLayout([num_warps], [32], [num_warps], [0]))
+
+
+@gluon.jit
+def sum_of_threads(of_thread, slots, num_warps: gl.constexpr):
+    of_warp = gl.sum(gl.reshape(of_thread, (num_warps, 32)), 1)
+    return gl.sum(exchanged(of_warp, slots, num_warps), 0)
+
+
+@gluon.jit
+def largest_of_threads(of_thread, slots, num_warps: gl.constexpr):
+    of_warp = gl.max(gl.reshape(of_thread, (num_warps, 32)), 1)
+    return gl.max(exchanged(of_warp, slots, num_warps), 0).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def bf16_tiles(NUMBER: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], gl.bfloat16)
-    return gl.allocate_shared_memory(gl.bfloat16, [ROWS, COLUMNS], layout)
+    return gl.allocate_shared_memory(gl.bfloat16, [NUMBER, ROWS, COLUMNS], layout)
 
 
 @gluon.jit
@@ -219,12 +273,6 @@ def even_and_odd(z):
     # The same threads have the same values, but neighbours come first.
     layout: gl.constexpr = layout_of_pairs(ROWS, COLUMNS // 2)
     return gl.convert_layout(even, layout), gl.convert_layout(odd, layout)
-
-
-@gluon.jit
-def largest_of(even, odd):
-    size: gl.constexpr = even.shape[0] * even.shape[1]
-    return gl.max(gl.reshape(larger_magnitude(even, odd), (size,)), 0)
 
 
 @gluon.constexpr_function
@@ -266,6 +314,15 @@ def type_of(type_ptr, token, DEFAULT_TYPE: gl.constexpr, NUM_TYPES: gl.constexpr
         token_type = gl.load(type_ptr + token).to(gl.int32)
         token_type = gl.where(token_type < 0, token_type + NUM_TYPES, token_type)
     return token_type
+
+
+@gluon.jit
+def slice_of(token_type, SLICE_OF_TYPE: gl.constexpr, NUM_SLICES: gl.constexpr):
+    in_slice = 0
+    if NUM_SLICES > 1:
+        for t in gl.static_range(len(SLICE_OF_TYPE)):
+            in_slice = gl.where(token_type == t, SLICE_OF_TYPE[t], in_slice)
+    return in_slice
 
 
 @gluon.jit
@@ -321,13 +378,54 @@ def load_factor(
     ROWS: gl.constexpr,
     FIRST_COLUMN: gl.constexpr,
     COLUMNS: gl.constexpr,
-    SIZE: gl.constexpr,
+    NUM_ROWS: gl.constexpr,
+    NUM_COLUMNS: gl.constexpr,
+    START: gl.constexpr,
+    END: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """A piece of a factor [SIZE, SIZE] in bf16."""
+    """A piece of a factor [NUM_ROWS, NUM_COLUMNS] in bf16; zeros outside of its columns START to END."""
     layout: gl.constexpr = memory_layout(COLUMNS, num_warps)
-    offset, inside = place_of(FIRST_ROW, ROWS, FIRST_COLUMN, COLUMNS, SIZE, SIZE, layout)
-    return gl.load(ptr + offset, inside, 0.0).to(gl.bfloat16)
+    row = FIRST_ROW + gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
+    column = FIRST_COLUMN + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
+    inside = (row < NUM_ROWS) & (column >= START) & (column < END)
+    return gl.load(ptr + row * NUM_COLUMNS + column, inside, 0.0).to(gl.bfloat16)
+
+
+@gluon.jit
+def put_left(
+    tile,
+    ptr,
+    FIRST_ROW: gl.constexpr,
+    NUM_ROWS: gl.constexpr,
+    NUM_COLUMNS: gl.constexpr,
+    START: gl.constexpr,
+    WIDTH: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """A piece of a slice of the left factor into shared memory."""
+    ROWS: gl.constexpr = tile.shape[0]
+    COLUMNS: gl.constexpr = tile.shape[1]
+    piece = load_factor(
+        ptr, FIRST_ROW, ROWS, 0, COLUMNS, NUM_ROWS, NUM_COLUMNS, START, START + WIDTH, num_warps
+    )
+    tile.store(piece)
+
+
+@gluon.jit
+def put_right(
+    tile,
+    ptr,
+    FIRST_ROW: gl.constexpr,
+    FIRST_COLUMN: gl.constexpr,
+    D2: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """A piece of the right factor into shared memory."""
+    ROWS: gl.constexpr = tile.shape[0]
+    COLUMNS: gl.constexpr = tile.shape[1]
+    piece = load_factor(ptr, FIRST_ROW, ROWS, FIRST_COLUMN, COLUMNS, D2, D2, 0, D2, num_warps)
+    tile.store(for_contiguous_codes(piece))
 
 
 @gluon.jit
@@ -366,8 +464,11 @@ def centred(x, mean, place):
 
 
 @gluon.jit
-def prepared(x, inverse, weight, bias, shift_row, channel_scale, place):
-    """What is transformed of a piece of a token, in bf16: normed, minus the shift of its type, scaled."""
+def prepared(x, inverse, rms, weight, bias, shift_row, channel_scale, place):
+    """What is transformed of a piece of a token, in bf16: normed, minus the shift of its type, scaled.
+
+    rms  instead of inverse: all of it times this, so that what is normed is x itself
+    """
     if inverse is not None:
         x = x.to(gl.float32) * inverse
     x = x.to(gl.bfloat16)
@@ -380,10 +481,173 @@ def prepared(x, inverse, weight, bias, shift_row, channel_scale, place):
         x = times(x, weight)
     if shift_row is not None:
         offset, inside = place
-        x = minus(x, gl.load(shift_row + offset, inside, 0.0).to(gl.bfloat16))
+        shift = gl.load(shift_row + offset, inside, 0.0).to(gl.bfloat16)
+        if rms is None:
+            x = minus(x, shift)
+        else:
+            # In two parts: one of them would be wrong by up to 2^-9 in all channels alike.
+            high = rms.to(gl.bfloat16)
+            low = (rms - high.to(gl.float32)).to(gl.bfloat16)
+            x = times_plus(shift, -high, x)
+            x = times_plus(shift, -low, x)
     if channel_scale is not None:
         x = times(x, channel_scale)
     return x
+
+
+@gluon.jit
+def put_token(
+    tile_a,
+    tile_b,
+    x_a,
+    x_b,
+    token,
+    token_type,
+    other_ptr,
+    other_stride,
+    total_ptr,
+    shift_ptr,
+    channels_a,
+    channels_b,
+    place_a,
+    place_b,
+    slots,
+    K: gl.constexpr,
+    PROLOGUE: gl.constexpr,
+    EPS: gl.constexpr,
+    HAS_B: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """What is transformed of a token goes to shared memory. Returns what its scale is to be multiplied with."""
+    weight_a, bias_a, channel_scale_a = channels_a
+    weight_b, bias_b, channel_scale_b = channels_b
+    other_row, total_row, shift_row = other_ptr, total_ptr, shift_ptr
+    if other_ptr is not None:
+        other_row += token * other_stride
+    if total_ptr is not None:
+        total_row += token * K
+    if shift_ptr is not None:
+        shift_row += token_type * K
+    x_a = begun(x_a, other_row, total_row, place_a, PROLOGUE)
+    if HAS_B:
+        x_b = begun(x_b, other_row, total_row, place_b, PROLOGUE)
+    if PROLOGUE == "layer":
+        mean = sum_in_threads(x_a.to(gl.float32), num_warps)
+        if HAS_B:
+            mean += sum_in_threads(x_b.to(gl.float32), num_warps)
+        mean = sum_of_threads(mean, slots.index(1), num_warps) / K
+        x_a = centred(x_a, mean, place_a)
+        if HAS_B:
+            x_b = centred(x_b, mean, place_b)
+    unit = 1.0
+    inverse, rms = None, None
+    if PROLOGUE == "rms" or PROLOGUE == "layer":
+        variance = sum_in_threads(x_a.to(gl.float32) * x_a.to(gl.float32), num_warps)
+        if HAS_B:
+            variance += sum_in_threads(x_b.to(gl.float32) * x_b.to(gl.float32), num_warps)
+        variance = sum_of_threads(variance, slots.index(0), num_warps) / K + EPS
+        if PROLOGUE == "rms" and bias_a is None:
+            unit = gl.rsqrt(variance)
+            rms = variance * unit
+        else:
+            inverse = gl.rsqrt(variance)
+    tile_a.store(prepared(x_a, inverse, rms, weight_a, bias_a, shift_row, channel_scale_a, place_a))
+    if HAS_B:
+        tile_b.store(
+            prepared(x_b, inverse, rms, weight_b, bias_b, shift_row, channel_scale_b, place_b)
+        )
+    return unit
+
+
+@gluon.jit
+def first_product(
+    left_a, left_b, token_a, token_b, IN_B: gl.constexpr, COLUMNS_B: gl.constexpr, num_warps: gl.constexpr
+):
+    """Begin Y = L^T X: fp32 sums of bf16 products, in one piece of columns or two."""
+    ROWS: gl.constexpr = left_a.shape[1]
+    COLUMNS: gl.constexpr = token_a.shape[1]
+    left = left_a.permute((1, 0))
+    y_a = gl.zeros((ROWS, COLUMNS), gl.float32, product_layout(COLUMNS, num_warps))
+    y_a = warpgroup_mma(left, token_a, y_a, use_acc=False, is_async=True)
+    if IN_B > 0:
+        y_a = warpgroup_mma(left_b.permute((1, 0)), token_b, y_a, is_async=True)
+        return (y_a,)
+    elif COLUMNS_B > 0:
+        y_b = gl.zeros((ROWS, COLUMNS_B), gl.float32, product_layout(COLUMNS_B, num_warps))
+        y_b = warpgroup_mma(left, token_b, y_b, use_acc=False, is_async=True)
+        return (y_a, y_b)
+    else:
+        return (y_a,)
+
+
+@gluon.jit
+def second_product(y, right_aa, right_ba, right_ab, right_bb, num_warps: gl.constexpr):
+    """Begin Z = Y R, Y in bf16, in as many pieces."""
+    ROWS: gl.constexpr = y[0].shape[0]
+    COLUMNS: gl.constexpr = y[0].shape[1]
+    mma: gl.constexpr = product_layout(COLUMNS, num_warps)
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma, k_width=2)
+    z_a = gl.zeros((ROWS, COLUMNS), gl.float32, mma)
+    y_a = y[0].to(gl.bfloat16)
+    y_aa = gl.convert_layout(y_a, operand)
+    z_a = warpgroup_mma(y_aa, right_aa, z_a, use_acc=False, is_async=True)
+    if len(y) == 1:
+        return (z_a,)
+    else:
+        COLUMNS_B: gl.constexpr = y[1].shape[1]
+        mma_b: gl.constexpr = product_layout(COLUMNS_B, num_warps)
+        operand_b: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma_b, k_width=2)
+        z_b = gl.zeros((ROWS, COLUMNS_B), gl.float32, mma_b)
+        y_b = y[1].to(gl.bfloat16)
+        y_ba = gl.convert_layout(y_b, operand)
+        y_ab = gl.convert_layout(y_a, operand_b)
+        y_bb = gl.convert_layout(y_b, operand_b)
+        z_a = warpgroup_mma(y_ba, right_ba, z_a, is_async=True)
+        z_b = warpgroup_mma(y_ab, right_ab, z_b, use_acc=False, is_async=True)
+        z_b = warpgroup_mma(y_bb, right_bb, z_b, is_async=True)
+        return (z_a, z_b)
+
+
+@gluon.jit
+def waited_for(product):
+    if len(product) == 1:
+        return (warpgroup_mma_wait(num_outstanding=0, deps=(product[0],)),)
+    else:
+        return warpgroup_mma_wait(num_outstanding=0, deps=(product[0], product[1]))
+
+
+@gluon.jit
+def put_codes(
+    z,
+    unit,
+    clip,
+    codes_row,
+    scale_ptr,
+    slots,
+    D1: gl.constexpr,
+    D2: gl.constexpr,
+    QMAX: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """Grid of a token, and its codes: even columns of all rows, then the odd ones. D1 is of the result.
+
+    A NaN or an infinity in x is in all of Z.
+    """
+    even_a, odd_a = even_and_odd(z[0])
+    largest = magnitude_in_threads(even_a, odd_a, num_warps)
+    if len(z) == 2:
+        even_b, odd_b = even_and_odd(z[1])
+        largest = gl.maximum(largest, magnitude_in_threads(even_b, odd_b, num_warps))
+    largest = largest_of_threads(largest, slots, num_warps)
+    per_code = larger(largest * clip / QMAX, SMALLEST)
+    gl.store(scale_ptr, larger(per_code * unit, SMALLEST))
+    odd_row = codes_row + D1 * (D2 // 2)
+    store_codes(codes_row, even_a, per_code, 0, D1, D2, QMAX, num_warps)
+    store_codes(odd_row, odd_a, per_code, 0, D1, D2, QMAX, num_warps)
+    if len(z) == 2:
+        FIRST: gl.constexpr = z[0].shape[1] // 2
+        store_codes(codes_row, even_b, per_code, FIRST, D1, D2, QMAX, num_warps)
+        store_codes(odd_row, odd_b, per_code, FIRST, D1, D2, QMAX, num_warps)
 
 
 @gluon.jit
@@ -396,17 +660,19 @@ def hopper_transform_quantize_kernel(
     type_ptr,  # [M] int, or None: all tokens are DEFAULT_TYPE
     shift_ptr,  # [P, K] fp32 or bf16, or None
     channel_scale_ptr,  # [K] fp32, or None
-    left_ptr,  # [D1, D1] fp32
-    right_ptr,  # [D2, D2] fp32
+    left_ptr,  # [D1, sum of WIDTHS] fp32
+    right_ptr,  # [S, D2, D2] fp32
     clip_ptr,  # [P] fp32
-    codes_ptr,  # [M, K] int8 or the bytes of e4m3, engine order
+    codes_ptr,  # [M, K'] int8 or the bytes of e4m3, engine order
     scale_ptr,  # [M] fp32
     M,
     x_stride,
     other_stride,
     D1: gl.constexpr,
     D2: gl.constexpr,
-    NUM_TYPES: gl.constexpr,
+    STARTS: gl.constexpr,
+    WIDTHS: gl.constexpr,
+    SLICE_OF_TYPE: gl.constexpr,
     DEFAULT_TYPE: gl.constexpr,
     QMAX: gl.constexpr,
     ROWS: gl.constexpr,
@@ -414,161 +680,212 @@ def hopper_transform_quantize_kernel(
     COLUMNS_B: gl.constexpr,
     IN_A: gl.constexpr,
     IN_B: gl.constexpr,
+    AHEAD: gl.constexpr,
     PROLOGUE: gl.constexpr,
     EPS: gl.constexpr,
     WEIGHT_OFFSET: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     K: gl.constexpr = D1 * D2
-    IS_NORM: gl.constexpr = PROLOGUE == "rms" or PROLOGUE == "layer"
+    NUM_TYPES: gl.constexpr = len(SLICE_OF_TYPE)
+    NUM_SLICES: gl.constexpr = len(WIDTHS)
+    WIDTH: gl.constexpr = STARTS[NUM_SLICES - 1] + WIDTHS[NUM_SLICES - 1]
     HAS_B: gl.constexpr = IN_B > 0 or COLUMNS_B > 0
     # Rows, columns and place of piece B.
     ROWS_B: gl.constexpr = IN_B if IN_B > 0 else IN_A
     WIDTH_B: gl.constexpr = COLUMNS_B if COLUMNS_B > 0 else COLUMNS
     FIRST_COLUMN_B: gl.constexpr = COLUMNS if COLUMNS_B > 0 else 0
     FIRST_ROW_B: gl.constexpr = IN_A if IN_B > 0 else 0
-    tokens: gl.constexpr = memory_layout(COLUMNS, num_warps)
-    mma: gl.constexpr = product_layout(COLUMNS, num_warps)
-    left_operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma, k_width=2)
+    TURNS: gl.constexpr = 2 if AHEAD else 1
     allow_next_kernel()
-    # What does not depend on the kernel before: both factors. A norm's weight might.
-    left_tile_a = bf16_tile(IN_A, ROWS)
-    left_tile_a.store(load_factor(left_ptr, 0, IN_A, 0, ROWS, D1, num_warps))
-    right_aa = bf16_tile(COLUMNS, COLUMNS)
-    right = load_factor(right_ptr, 0, COLUMNS, 0, COLUMNS, D2, num_warps)
-    right_aa.store(for_contiguous_codes(right))
+    # What does not depend on the kernel before: both factors, for each slice. A norm's weight might.
+    left_a = bf16_tiles(NUM_SLICES, IN_A, ROWS)
+    right_aa = bf16_tiles(NUM_SLICES, COLUMNS, COLUMNS)
+    left_b, right_ba, right_ab, right_bb = left_a, right_aa, right_aa, right_aa
     if IN_B > 0:
-        left_tile_b = bf16_tile(IN_B, ROWS)
-        left_tile_b.store(load_factor(left_ptr, IN_A, IN_B, 0, ROWS, D1, num_warps))
+        left_b = bf16_tiles(NUM_SLICES, IN_B, ROWS)
     if COLUMNS_B > 0:
-        mma_b: gl.constexpr = product_layout(COLUMNS_B, num_warps)
-        left_operand_b: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma_b, k_width=2)
-        right_ba = bf16_tile(COLUMNS_B, COLUMNS)
-        right = load_factor(right_ptr, COLUMNS, COLUMNS_B, 0, COLUMNS, D2, num_warps)
-        right_ba.store(for_contiguous_codes(right))
-        right_ab = bf16_tile(COLUMNS, COLUMNS_B)
-        right = load_factor(right_ptr, 0, COLUMNS, COLUMNS, COLUMNS_B, D2, num_warps)
-        right_ab.store(for_contiguous_codes(right))
-        right_bb = bf16_tile(COLUMNS_B, COLUMNS_B)
-        right = load_factor(right_ptr, COLUMNS, COLUMNS_B, COLUMNS, COLUMNS_B, D2, num_warps)
-        right_bb.store(for_contiguous_codes(right))
+        right_ba = bf16_tiles(NUM_SLICES, COLUMNS_B, COLUMNS)
+        right_ab = bf16_tiles(NUM_SLICES, COLUMNS, COLUMNS_B)
+        right_bb = bf16_tiles(NUM_SLICES, COLUMNS_B, COLUMNS_B)
+    for s in gl.static_range(NUM_SLICES):
+        put_left(left_a.index(s), left_ptr, 0, D1, WIDTH, STARTS[s], WIDTHS[s], num_warps)
+        if IN_B > 0:
+            put_left(left_b.index(s), left_ptr, IN_A, D1, WIDTH, STARTS[s], WIDTHS[s], num_warps)
+        right = right_ptr + s * D2 * D2
+        put_right(right_aa.index(s), right, 0, 0, D2, num_warps)
+        if COLUMNS_B > 0:
+            put_right(right_ba.index(s), right, COLUMNS, 0, D2, num_warps)
+            put_right(right_ab.index(s), right, 0, COLUMNS, D2, num_warps)
+            put_right(right_bb.index(s), right, COLUMNS, COLUMNS, D2, num_warps)
     wait_for_previous_kernel()
-    token_tile_a = bf16_tile(IN_A, COLUMNS)
-    place_a = place_of(0, IN_A, 0, COLUMNS, D1, D2, tokens)
+    # What the warps tell each other: two sums and a maximum.
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    sums = gl.allocate_shared_memory(gl.float32, [2, num_warps], flat)
+    maxima = gl.allocate_shared_memory(gl.int32, [num_warps], flat)
+    tokens_a = bf16_tiles(TURNS, IN_A, COLUMNS)
+    tokens_b = tokens_a
+    place_a = place_of(0, IN_A, 0, COLUMNS, D1, D2, memory_layout(COLUMNS, num_warps))
+    place_b = place_a
     weight_a, bias_a, channel_scale_a = weight_ptr, bias_ptr, channel_scale_ptr
+    weight_b, bias_b, channel_scale_b = weight_ptr, bias_ptr, channel_scale_ptr
+    if HAS_B:
+        tokens_b = bf16_tiles(TURNS, ROWS_B, WIDTH_B)
+        layout_b: gl.constexpr = memory_layout(WIDTH_B, num_warps)
+        place_b = place_of(FIRST_ROW_B, ROWS_B, FIRST_COLUMN_B, WIDTH_B, D1, D2, layout_b)
     if weight_ptr is not None:
         weight_a = load_channels(weight_ptr, place_a, WEIGHT_OFFSET)
+        if HAS_B:
+            weight_b = load_channels(weight_ptr, place_b, WEIGHT_OFFSET)
     if bias_ptr is not None:
         bias_a = load_channels(bias_ptr, place_a, 0.0)
+        if HAS_B:
+            bias_b = load_channels(bias_ptr, place_b, 0.0)
     if channel_scale_ptr is not None:
         channel_scale_a = load_channels(channel_scale_ptr, place_a, 0.0)
-    if HAS_B:
-        token_tile_b = bf16_tile(ROWS_B, WIDTH_B)
-        tokens_b: gl.constexpr = memory_layout(WIDTH_B, num_warps)
-        place_b = place_of(FIRST_ROW_B, ROWS_B, FIRST_COLUMN_B, WIDTH_B, D1, D2, tokens_b)
-        weight_b, bias_b, channel_scale_b = weight_ptr, bias_ptr, channel_scale_ptr
-        if weight_ptr is not None:
-            weight_b = load_channels(weight_ptr, place_b, WEIGHT_OFFSET)
-        if bias_ptr is not None:
-            bias_b = load_channels(bias_ptr, place_b, 0.0)
-        if channel_scale_ptr is not None:
+        if HAS_B:
             channel_scale_b = load_channels(channel_scale_ptr, place_b, 0.0)
-    # Not a for: out of one the compiler moves loads, which then fill the registers.
+    # What comes from DRAM is under way a token ahead: x, and its type, which says where the shift is, in registers, the
+    # rest as far as the L2 cache. If AHEAD, a second program of the multiprocessor, for which there are no registers,
+    # is made up for: a token is prepared while the second product of the one before is computed, whose codes are made
+    # while the token's first product is.
+    channels_a = (weight_a, bias_a, channel_scale_a)
+    channels_b = (weight_b, bias_b, channel_scale_b)
     token = gl.program_id(0).to(gl.int64)
-    next_token = gl.minimum(token, M - 1)
-    next_type = type_of(type_ptr, next_token, DEFAULT_TYPE, NUM_TYPES)
-    next_a = load_once(x_ptr + next_token * x_stride, place_a)
+    here = gl.minimum(token, M - 1)  # the token in x
+    type_here = type_of(type_ptr, here, DEFAULT_TYPE, NUM_TYPES)
+    x_a = load_once(x_ptr + here * x_stride, place_a)
+    x_b = x_a
     if HAS_B:
-        next_b = load_once(x_ptr + next_token * x_stride, place_b)
-    while token < M:
-        # What comes from DRAM is under way a token ahead: x, and its type, which says where the shift is, in registers,
-        # the rest as far as the L2 cache.
-        next_token = gl.minimum(token + gl.num_programs(0), M - 1)
-        token_type = next_type
-        next_type = type_of(type_ptr, next_token, DEFAULT_TYPE, NUM_TYPES)
-        other_row, total_row, shift_row = other_ptr, total_ptr, shift_ptr
-        if other_ptr is not None:
-            fetch_row(other_ptr + next_token * other_stride, ROWS * COLUMNS, K, num_warps)
-            other_row += token * other_stride
-        if total_ptr is not None:
-            total_row += token * K
-        if shift_ptr is not None:
-            shift_row += token_type * K
-        clip = gl.load(clip_ptr + token_type)
-        # The token as its prologue leaves it.
-        x_a = begun(next_a, other_row, total_row, place_a, PROLOGUE)
-        if HAS_B:
-            x_b = begun(next_b, other_row, total_row, place_b, PROLOGUE)
-        if PROLOGUE == "layer":
-            mean = sum_of(x_a.to(gl.float32))
-            if HAS_B:
-                mean += sum_of(x_b.to(gl.float32))
-                x_b = centred(x_b, mean / K, place_b)
-            x_a = centred(x_a, mean / K, place_a)
-        inverse = None
-        if IS_NORM:
-            variance = sum_of(x_a.to(gl.float32) * x_a.to(gl.float32))
-            if HAS_B:
-                variance += sum_of(x_b.to(gl.float32) * x_b.to(gl.float32))
-            inverse = gl.rsqrt(variance / K + EPS)
-        token_tile_a.store(
-            prepared(x_a, inverse, weight_a, bias_a, shift_row, channel_scale_a, place_a)
+        x_b = load_once(x_ptr + here * x_stride, place_b)
+    turn = 0
+    if AHEAD:
+        token_type = type_here
+        unit = put_token(
+            tokens_a.index(0),
+            tokens_b.index(0),
+            x_a,
+            x_b,
+            here,
+            type_here,
+            other_ptr,
+            other_stride,
+            total_ptr,
+            shift_ptr,
+            channels_a,
+            channels_b,
+            place_a,
+            place_b,
+            sums,
+            K,
+            PROLOGUE,
+            EPS,
+            HAS_B,
+            num_warps,
         )
-        if HAS_B:
-            token_tile_b.store(
-                prepared(x_b, inverse, weight_b, bias_b, shift_row, channel_scale_b, place_b)
-            )
-        next_a = load_once(x_ptr + next_token * x_stride, place_a)
-        if HAS_B:
-            next_b = load_once(x_ptr + next_token * x_stride, place_b)
         fence_async_shared()
         _barrier()
-        # Z = (L^T X) R: bf16 operands, fp32 sums.
-        y_a = gl.zeros((ROWS, COLUMNS), gl.float32, mma)
-        left_a = left_tile_a.permute((1, 0))
-        y_a = warpgroup_mma(left_a, token_tile_a, y_a, use_acc=False, is_async=True)
-        if IN_B > 0:
-            y_a = warpgroup_mma(left_tile_b.permute((1, 0)), token_tile_b, y_a, is_async=True)
-        z_a = gl.zeros((ROWS, COLUMNS), gl.float32, mma)
-        if COLUMNS_B > 0:
-            y_b = gl.zeros((ROWS, COLUMNS_B), gl.float32, mma_b)
-            y_b = warpgroup_mma(left_a, token_tile_b, y_b, use_acc=False, is_async=True)
-            y_a, y_b = warpgroup_mma_wait(num_outstanding=0, deps=(y_a, y_b))
-            y_a, y_b = y_a.to(gl.bfloat16), y_b.to(gl.bfloat16)
-            y_aa, y_ab = (
-                gl.convert_layout(y_a, left_operand),
-                gl.convert_layout(y_a, left_operand_b),
+        in_slice = slice_of(token_type, SLICE_OF_TYPE, NUM_SLICES)
+        y = first_product(
+            left_a.index(in_slice),
+            left_b.index(in_slice),
+            tokens_a.index(0),
+            tokens_b.index(0),
+            IN_B,
+            COLUMNS_B,
+            num_warps,
+        )
+        here = gl.minimum(here + gl.num_programs(0), M - 1)
+        type_here = type_of(type_ptr, here, DEFAULT_TYPE, NUM_TYPES)
+        x_a = load_once(x_ptr + here * x_stride, place_a)
+        if HAS_B:
+            x_b = load_once(x_ptr + here * x_stride, place_b)
+        y = waited_for(y)
+        _barrier()
+    # Not a for: out of one the compiler moves loads, which then fill the registers.
+    while token < M:
+        after = gl.minimum(here + gl.num_programs(0), M - 1)
+        type_after = type_of(type_ptr, after, DEFAULT_TYPE, NUM_TYPES)
+        if other_ptr is not None:
+            fetch_row(other_ptr + after * other_stride, ROWS * COLUMNS, K, num_warps)
+        if AHEAD:
+            turn = 1 - turn
+            in_slice = slice_of(token_type, SLICE_OF_TYPE, NUM_SLICES)
+            z = second_product(
+                y,
+                right_aa.index(in_slice),
+                right_ba.index(in_slice),
+                right_ab.index(in_slice),
+                right_bb.index(in_slice),
+                num_warps,
             )
-            y_ba, y_bb = (
-                gl.convert_layout(y_b, left_operand),
-                gl.convert_layout(y_b, left_operand_b),
+        unit_here = put_token(
+            tokens_a.index(turn),
+            tokens_b.index(turn),
+            x_a,
+            x_b,
+            here,
+            type_here,
+            other_ptr,
+            other_stride,
+            total_ptr,
+            shift_ptr,
+            channels_a,
+            channels_b,
+            place_a,
+            place_b,
+            sums,
+            K,
+            PROLOGUE,
+            EPS,
+            HAS_B,
+            num_warps,
+        )
+        x_a = load_once(x_ptr + after * x_stride, place_a)
+        if HAS_B:
+            x_b = load_once(x_ptr + after * x_stride, place_b)
+        fence_async_shared()
+        _barrier()
+        if AHEAD:
+            z = waited_for(z)
+        in_slice = slice_of(type_here, SLICE_OF_TYPE, NUM_SLICES)
+        y = first_product(
+            left_a.index(in_slice),
+            left_b.index(in_slice),
+            tokens_a.index(turn),
+            tokens_b.index(turn),
+            IN_B,
+            COLUMNS_B,
+            num_warps,
+        )
+        if not AHEAD:
+            token_type, unit = type_here, unit_here
+            y = waited_for(y)
+            z = second_product(
+                y,
+                right_aa.index(in_slice),
+                right_ba.index(in_slice),
+                right_ab.index(in_slice),
+                right_bb.index(in_slice),
+                num_warps,
             )
-            z_a = warpgroup_mma(y_aa, right_aa, z_a, use_acc=False, is_async=True)
-            z_a = warpgroup_mma(y_ba, right_ba, z_a, is_async=True)
-            z_b = gl.zeros((ROWS, COLUMNS_B), gl.float32, mma_b)
-            z_b = warpgroup_mma(y_ab, right_ab, z_b, use_acc=False, is_async=True)
-            z_b = warpgroup_mma(y_bb, right_bb, z_b, is_async=True)
-            z_a, z_b = warpgroup_mma_wait(num_outstanding=0, deps=(z_a, z_b))
-        else:
-            y_a = warpgroup_mma_wait(num_outstanding=0, deps=(y_a,))
-            y_aa = gl.convert_layout(y_a.to(gl.bfloat16), left_operand)
-            z_a = warpgroup_mma(y_aa, right_aa, z_a, use_acc=False, is_async=True)
-            z_a = warpgroup_mma_wait(num_outstanding=0, deps=(z_a,))
-        # Grid of the token, and its codes: even columns of all rows, then the odd ones. A NaN or an infinity in x is in
-        # all of Z.
-        even_a, odd_a = even_and_odd(z_a)
-        largest = largest_of(even_a, odd_a)
-        if COLUMNS_B > 0:
-            even_b, odd_b = even_and_odd(z_b)
-            largest = larger(largest, largest_of(even_b, odd_b))
-        per_code = larger(largest * clip / QMAX, SMALLEST)
-        gl.store(scale_ptr + token, per_code)
-        target = codes_ptr + token * K
-        store_codes(target, even_a, per_code, 0, D1, D2, QMAX, num_warps)
-        store_codes(target + K // 2, odd_a, per_code, 0, D1, D2, QMAX, num_warps)
-        if COLUMNS_B > 0:
-            store_codes(target, even_b, per_code, COLUMNS // 2, D1, D2, QMAX, num_warps)
-            store_codes(target + K // 2, odd_b, per_code, COLUMNS // 2, D1, D2, QMAX, num_warps)
+            z = waited_for(z)
+        put_codes(
+            z,
+            unit,
+            gl.load(clip_ptr + token_type),
+            codes_ptr + token * (WIDTH * D2),
+            scale_ptr + token,
+            maxima,
+            WIDTH,
+            D2,
+            QMAX,
+            num_warps,
+        )
+        if AHEAD:
+            y = waited_for(y)
+            token_type, unit = type_here, unit_here
+        here, type_here = after, type_after
         token += gl.num_programs(0)
 
 
@@ -586,19 +903,17 @@ def hopper_transform_quantize(
     qmax: int,
     prologue: Prologue = NO_PROLOGUE,
 ) -> tuple[Tensor, Tensor]:
-    """``transform_quantize`` on Hopper, for one slice with a square left factor.
+    """``transform_quantize`` on Hopper, for what ``tiles.hopper_transform_tile`` has a tile for.
 
-    Shapes are those that ``tiles.hopper_transform_tile`` has a tile for.
-
-    Returns codes [M, K] int8 (e4m3 for 448) in engine order and scale [M, 1] fp32.
+    Returns codes [M, K'] int8 (e4m3 for 448) in engine order and scale [M, 1] fp32.
     """
-    (num_tokens, num_features), d1, d2 = x.shape, left.shape[0], right.shape[-1]
-    codes = torch.empty(num_tokens, num_features, dtype=torch.int8, device=x.device)
+    num_tokens, d1, d2 = x.shape[0], left.shape[0], right.shape[-1]
+    codes = torch.empty(num_tokens, sum(widths) * d2, dtype=torch.int8, device=x.device)
     scale = torch.empty(num_tokens, 1, dtype=torch.float32, device=x.device)
     result = codes.view(torch.float8_e4m3fn) if qmax == 448 else codes, scale
     if num_tokens == 0:
         return result
-    tile = hopper_transform_tile(d1, d2, prologue.kind)
+    tile = hopper_transform_tile(d1, tuple(widths), d2, prologue.kind)
     assert tile is not None
     x = rows_in_memory(x)
     other = None if prologue.other is None else rows_in_memory(prologue.other)
@@ -607,7 +922,8 @@ def hopper_transform_quantize(
     launch = _launch_of(
         d1,
         d2,
-        len(slice_of_type),
+        tuple(widths),
+        tuple(slice_of_type),
         default_type,
         qmax,
         tile,
@@ -638,7 +954,8 @@ def hopper_transform_quantize(
 def _launch_of(
     d1: int,
     d2: int,
-    num_types: int,
+    widths: tuple[int, ...],
+    slice_of_type: tuple[int, ...],
     default_type: int,
     qmax: int,
     tile: HopperTransformTile,
@@ -650,7 +967,9 @@ def _launch_of(
         hopper_transform_quantize_kernel,
         D1=d1,
         D2=d2,
-        NUM_TYPES=num_types,
+        STARTS=tuple(sum(widths[:i]) for i in range(len(widths))),
+        WIDTHS=widths,
+        SLICE_OF_TYPE=slice_of_type,
         DEFAULT_TYPE=default_type,
         QMAX=qmax,
         ROWS=tile.rows,
@@ -658,6 +977,7 @@ def _launch_of(
         COLUMNS_B=tile.columns[1],
         IN_A=tile.rows_in[0],
         IN_B=tile.rows_in[1],
+        AHEAD=tile.ahead,
         PROLOGUE=prologue,
         EPS=eps,
         WEIGHT_OFFSET=weight_offset,

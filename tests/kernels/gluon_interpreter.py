@@ -58,8 +58,9 @@ class Value:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.data.shape)
 
-    def to(self, dtype: Any) -> Value:
-        return Value(self.data.to(_TO_TORCH[dtype]), self.type.layout)
+    def to(self, dtype: Any, bitcast: bool = False) -> Value:
+        convert = self.data.view if bitcast else self.data.to
+        return Value(convert(_TO_TORCH[dtype]), self.type.layout)
 
     def permute(self, *order: Any) -> Value:
         return permute(self, order[0] if len(order) == 1 else order)
@@ -413,7 +414,7 @@ class _Language:
     sum = staticmethod(_reduction(lambda d, axis: d.sum(axis, dtype=d.dtype)))
     max = staticmethod(_reduction(lambda d, a: _without_nan(d, a, torch.amax, -torch.inf)))
     min = staticmethod(_reduction(lambda d, a: _without_nan(d, a, torch.amin, torch.inf)))
-    convert_layout = staticmethod(lambda value, layout: Value(value.data, layout))
+    convert_layout = staticmethod(lambda value, layout, **_: Value(value.data, layout))
     program_id = staticmethod(lambda axis: Value(_program.id))
     num_programs = staticmethod(lambda axis: Value(_program.number))
     arange = staticmethod(
