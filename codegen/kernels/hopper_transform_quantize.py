@@ -443,6 +443,41 @@ def load_once(row, place):
 
 
 @gluon.jit
+def load_ahead(row, place):
+    return packed(load_once(row, place))
+
+
+@gluon.jit
+def packed(x):
+    """Neighbours of 16 bits in a register, as a loop should carry them: it would give each a register of its own, and
+    wait for memory where it ends."""
+    if x.dtype.primitive_bitwidth == 16:
+        even, odd = gl.split(gl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+        return gl.inline_asm_elementwise(
+            "mov.b32 $0, {$1, $2};", "=r,h,h", [even, odd], dtype=gl.int32, is_pure=False, pack=1
+        )
+    else:
+        return x
+
+
+@gluon.jit
+def unpacked(x, dtype: gl.constexpr, num_warps: gl.constexpr):
+    if dtype.primitive_bitwidth == 16:
+        even, odd = gl.inline_asm_elementwise(
+            "mov.b32 {$0, $1}, $2;",
+            "=h,=h,r",
+            [x],
+            dtype=(gl.int16, gl.int16),
+            is_pure=True,
+            pack=1,
+        )
+        COLUMNS: gl.constexpr = 2 * x.shape[1]
+        x = gl.reshape(gl.join(even, odd), (x.shape[0], COLUMNS)).to(dtype, bitcast=True)
+        x = gl.convert_layout(x, memory_layout(COLUMNS, num_warps), assert_trivial=True)
+    return x
+
+
+@gluon.jit
 def begun(x, other_row, total_row, place, PROLOGUE: gl.constexpr):
     """A piece of a token, plus its residual or through its activation function."""
     offset, inside = place
@@ -754,18 +789,18 @@ def hopper_transform_quantize_kernel(
     token = gl.program_id(0).to(gl.int64)
     here = gl.minimum(token, M - 1)  # the token in x
     type_here = type_of(type_ptr, here, DEFAULT_TYPE, NUM_TYPES)
-    x_a = load_once(x_ptr + here * x_stride, place_a)
+    x_a = load_ahead(x_ptr + here * x_stride, place_a)
     x_b = x_a
     if HAS_B:
-        x_b = load_once(x_ptr + here * x_stride, place_b)
+        x_b = load_ahead(x_ptr + here * x_stride, place_b)
     turn = 0
     if AHEAD:
         token_type = type_here
         unit = put_token(
             tokens_a.index(0),
             tokens_b.index(0),
-            x_a,
-            x_b,
+            unpacked(x_a, x_ptr.dtype.element_ty, num_warps),
+            unpacked(x_b, x_ptr.dtype.element_ty, num_warps),
             here,
             type_here,
             other_ptr,
@@ -797,9 +832,9 @@ def hopper_transform_quantize_kernel(
         )
         here = gl.minimum(here + gl.num_programs(0), M - 1)
         type_here = type_of(type_ptr, here, DEFAULT_TYPE, NUM_TYPES)
-        x_a = load_once(x_ptr + here * x_stride, place_a)
+        x_a = load_ahead(x_ptr + here * x_stride, place_a)
         if HAS_B:
-            x_b = load_once(x_ptr + here * x_stride, place_b)
+            x_b = load_ahead(x_ptr + here * x_stride, place_b)
         y = waited_for(y)
         _barrier()
     # Not a for: out of one the compiler moves loads, which then fill the registers.
@@ -822,8 +857,8 @@ def hopper_transform_quantize_kernel(
         unit_here = put_token(
             tokens_a.index(turn),
             tokens_b.index(turn),
-            x_a,
-            x_b,
+            unpacked(x_a, x_ptr.dtype.element_ty, num_warps),
+            unpacked(x_b, x_ptr.dtype.element_ty, num_warps),
             here,
             type_here,
             other_ptr,
@@ -841,10 +876,10 @@ def hopper_transform_quantize_kernel(
             HAS_B,
             num_warps,
         )
-        x_a = load_once(x_ptr + after * x_stride, place_a)
-        if HAS_B:
-            x_b = load_once(x_ptr + after * x_stride, place_b)
         fence_async_shared()
+        next_a = load_once(x_ptr + after * x_stride, place_a)
+        if HAS_B:
+            next_b = load_once(x_ptr + after * x_stride, place_b)
         _barrier()
         if AHEAD:
             z = waited_for(z)
@@ -886,6 +921,9 @@ def hopper_transform_quantize_kernel(
             y = waited_for(y)
             token_type, unit = type_here, unit_here
         here, type_here = after, type_after
+        x_a = packed(next_a)
+        if HAS_B:
+            x_b = packed(next_b)
         token += gl.num_programs(0)
 
 
