@@ -238,6 +238,12 @@ def bf16_tiles(NUMBER: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
+def row_major(dtype, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
+    return gl.allocate_shared_memory(dtype, [ROWS, COLUMNS], layout)
+
+
+@gluon.jit
 def for_contiguous_codes(right):
     """R with its columns in the order in which each thread gets neighbouring codes, to store them without exchange.
 
@@ -282,28 +288,20 @@ def row_by_row(pairs, num_warps):
 
 
 @gluon.jit
-def store_codes(
-    target,
-    z,
-    per_code,
-    FIRST: gl.constexpr,
-    D1: gl.constexpr,
-    D2: gl.constexpr,
-    QMAX: gl.constexpr,
-    num_warps: gl.constexpr,
-):
-    """Codes of the even or of the odd columns of a piece of Z, from pair FIRST of each row on."""
+def codes_of(z, per_code, QMAX: gl.constexpr):
     if QMAX == 448:
-        codes = to_e4m3(z, 1 / per_code)
+        return to_e4m3(z, 1 / per_code)
     else:
         gl.static_assert(QMAX == 7)
-        codes = to_int4(z, 1 / (14 * per_code))
-    if D2 % 16 != 0:
-        # Rows begin where a thread could not write its codes at once: exchanged, so that a warp's are side by side.
-        codes = gl.convert_layout(codes, row_by_row(z.shape[1], num_warps))
+        return to_int4(z, 1 / (14 * per_code))
+
+
+@gluon.jit
+def store_codes(target, codes, FIRST: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr):
+    """Codes of the even or of the odd columns of a piece of Z, from pair FIRST of each row on."""
     layout: gl.constexpr = codes.type.layout
-    row = gl.arange(0, z.shape[0], gl.SliceLayout(1, layout))[:, None]
-    pair = FIRST + gl.arange(0, z.shape[1], gl.SliceLayout(0, layout))[None, :]
+    row = gl.arange(0, codes.shape[0], gl.SliceLayout(1, layout))[:, None]
+    pair = FIRST + gl.arange(0, codes.shape[1], gl.SliceLayout(0, layout))[None, :]
     gl.store(target + row * (D2 // 2) + pair, codes, (row < D1) & (pair < D2 // 2))
 
 
@@ -499,7 +497,17 @@ def centred(x, mean, place):
 
 
 @gluon.jit
-def prepared(x, inverse, rms, weight, bias, shift_row, channel_scale, place):
+def prepared(
+    x,
+    inverse,
+    rms,
+    weight,
+    bias,
+    shift_row,
+    channel_scale,
+    place,
+    SCALE_IN_SHARED: gl.constexpr,
+):
     """What is transformed of a piece of a token, in bf16: normed, minus the shift of its type, scaled.
 
     rms  instead of inverse: all of it times this, so that what is normed is x itself
@@ -526,6 +534,8 @@ def prepared(x, inverse, rms, weight, bias, shift_row, channel_scale, place):
             x = times_plus(shift, -high, x)
             x = times_plus(shift, -low, x)
     if channel_scale is not None:
+        if SCALE_IN_SHARED:
+            channel_scale = channel_scale.load(x.type.layout)
         x = times(x, channel_scale)
     return x
 
@@ -551,6 +561,7 @@ def put_token(
     PROLOGUE: gl.constexpr,
     EPS: gl.constexpr,
     HAS_B: gl.constexpr,
+    SCALE_IN_SHARED: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     """What is transformed of a token goes to shared memory. Returns what its scale is to be multiplied with."""
@@ -586,11 +597,16 @@ def put_token(
             rms = variance * unit
         else:
             inverse = gl.rsqrt(variance)
-    tile_a.store(prepared(x_a, inverse, rms, weight_a, bias_a, shift_row, channel_scale_a, place_a))
+    IN_SHARED: gl.constexpr = SCALE_IN_SHARED
+    x_a = prepared(
+        x_a, inverse, rms, weight_a, bias_a, shift_row, channel_scale_a, place_a, IN_SHARED
+    )
+    tile_a.store(x_a)
     if HAS_B:
-        tile_b.store(
-            prepared(x_b, inverse, rms, weight_b, bias_b, shift_row, channel_scale_b, place_b)
+        x_b = prepared(
+            x_b, inverse, rms, weight_b, bias_b, shift_row, channel_scale_b, place_b, IN_SHARED
         )
+        tile_b.store(x_b)
     return unit
 
 
@@ -659,6 +675,7 @@ def put_codes(
     codes_row,
     scale_ptr,
     slots,
+    exchange,
     D1: gl.constexpr,
     D2: gl.constexpr,
     QMAX: gl.constexpr,
@@ -677,12 +694,29 @@ def put_codes(
     per_code = larger(largest * clip / QMAX, SMALLEST)
     gl.store(scale_ptr, larger(per_code * unit, SMALLEST))
     odd_row = codes_row + D1 * (D2 // 2)
-    store_codes(codes_row, even_a, per_code, 0, D1, D2, QMAX, num_warps)
-    store_codes(odd_row, odd_a, per_code, 0, D1, D2, QMAX, num_warps)
-    if len(z) == 2:
-        FIRST: gl.constexpr = z[0].shape[1] // 2
-        store_codes(codes_row, even_b, per_code, FIRST, D1, D2, QMAX, num_warps)
-        store_codes(odd_row, odd_b, per_code, FIRST, D1, D2, QMAX, num_warps)
+    FIRST_B: gl.constexpr = z[0].shape[1] // 2
+    if D2 % 16 == 0:
+        store_codes(codes_row, codes_of(even_a, per_code, QMAX), 0, D1, D2)
+        store_codes(odd_row, codes_of(odd_a, per_code, QMAX), 0, D1, D2)
+        if len(z) == 2:
+            store_codes(codes_row, codes_of(even_b, per_code, QMAX), FIRST_B, D1, D2)
+            store_codes(odd_row, codes_of(odd_b, per_code, QMAX), FIRST_B, D1, D2)
+    else:
+        # Rows begin where a thread could not write its codes at once: exchanged, so that a warp's are side by side.
+        even_codes_a, odd_codes_a, even_codes_b, odd_codes_b = exchange
+        even_codes_a.store(codes_of(even_a, per_code, QMAX))
+        odd_codes_a.store(codes_of(odd_a, per_code, QMAX))
+        if len(z) == 2:
+            even_codes_b.store(codes_of(even_b, per_code, QMAX))
+            odd_codes_b.store(codes_of(odd_b, per_code, QMAX))
+        _barrier()
+        by_row: gl.constexpr = row_by_row(FIRST_B, num_warps)
+        store_codes(codes_row, even_codes_a.load(by_row), 0, D1, D2)
+        store_codes(odd_row, odd_codes_a.load(by_row), 0, D1, D2)
+        if len(z) == 2:
+            by_row_b: gl.constexpr = row_by_row(z[1].shape[1] // 2, num_warps)
+            store_codes(codes_row, even_codes_b.load(by_row_b), FIRST_B, D1, D2)
+            store_codes(odd_row, odd_codes_b.load(by_row_b), FIRST_B, D1, D2)
 
 
 @gluon.jit
@@ -732,6 +766,8 @@ def hopper_transform_quantize_kernel(
     FIRST_COLUMN_B: gl.constexpr = COLUMNS if COLUMNS_B > 0 else 0
     FIRST_ROW_B: gl.constexpr = IN_A if IN_B > 0 else 0
     TURNS: gl.constexpr = 2 if AHEAD else 1
+    # Two pieces of columns leave no registers for the channels' scales.
+    SCALE_IN_SHARED: gl.constexpr = COLUMNS_B > 0
     allow_next_kernel()
     # What does not depend on the kernel before: both factors, for each slice. A norm's weight might.
     left_a = bf16_tiles(NUM_SLICES, IN_A, ROWS)
@@ -758,6 +794,15 @@ def hopper_transform_quantize_kernel(
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     sums = gl.allocate_shared_memory(gl.float32, [2, num_warps], flat)
     maxima = gl.allocate_shared_memory(gl.int32, [num_warps], flat)
+    exchange = (maxima, maxima, maxima, maxima)  # of codes, if need be
+    if D2 % 16 != 0:
+        even_a = row_major(gl.int8, ROWS, COLUMNS // 2)
+        odd_a = row_major(gl.int8, ROWS, COLUMNS // 2)
+        exchange = (even_a, odd_a, even_a, odd_a)
+        if COLUMNS_B > 0:
+            even_b = row_major(gl.int8, ROWS, COLUMNS_B // 2)
+            odd_b = row_major(gl.int8, ROWS, COLUMNS_B // 2)
+            exchange = (even_a, odd_a, even_b, odd_b)
     tokens_a = bf16_tiles(TURNS, IN_A, COLUMNS)
     tokens_b = tokens_a
     place_a = place_of(0, IN_A, 0, COLUMNS, D1, D2, memory_layout(COLUMNS, num_warps))
@@ -780,6 +825,14 @@ def hopper_transform_quantize_kernel(
         channel_scale_a = load_channels(channel_scale_ptr, place_a, 0.0)
         if HAS_B:
             channel_scale_b = load_channels(channel_scale_ptr, place_b, 0.0)
+    if channel_scale_ptr is not None and SCALE_IN_SHARED:
+        scale_tile_a = row_major(gl.bfloat16, IN_A, COLUMNS)
+        scale_tile_a.store(channel_scale_a)
+        channel_scale_a = scale_tile_a
+        if HAS_B:
+            scale_tile_b = row_major(gl.bfloat16, ROWS_B, WIDTH_B)
+            scale_tile_b.store(channel_scale_b)
+            channel_scale_b = scale_tile_b
     # What comes from DRAM is under way a token ahead: x, and its type, which says where the shift is, in registers, the
     # rest as far as the L2 cache. If AHEAD, a second program of the multiprocessor, for which there are no registers,
     # is made up for: a token is prepared while the second product of the one before is computed, whose codes are made
@@ -816,6 +869,7 @@ def hopper_transform_quantize_kernel(
             PROLOGUE,
             EPS,
             HAS_B,
+            SCALE_IN_SHARED,
             num_warps,
         )
         fence_async_shared()
@@ -874,6 +928,7 @@ def hopper_transform_quantize_kernel(
             PROLOGUE,
             EPS,
             HAS_B,
+            SCALE_IN_SHARED,
             num_warps,
         )
         fence_async_shared()
@@ -912,6 +967,7 @@ def hopper_transform_quantize_kernel(
             codes_ptr + token * (WIDTH * D2),
             scale_ptr + token,
             maxima,
+            exchange,
             WIDTH,
             D2,
             QMAX,
