@@ -158,10 +158,8 @@ def _transform_kernel(
 
     if not portable.is_supported(left, right, widths, qmax):
         return None
-    d1, d2 = left.shape[0], right.shape[-1]
-    is_square = len(widths) == 1 and left.shape[1] == d1
-    has_tile = hopper_transform_tile(d1, d2, prologue.kind) is not None
-    if qmax in (7, 448) and is_square and has_tile and is_hopper(left.device):
+    tile = hopper_transform_tile(left.shape[0], tuple(widths), right.shape[-1], prologue.kind)
+    if qmax in (7, 448) and tile is not None and is_hopper(left.device):
         return hopper.hopper_transform_quantize
     return portable.transform_quantize
 

@@ -175,11 +175,12 @@ def activation(x, KIND: gl.constexpr):
 def by_thread(tile, num_warps: gl.constexpr):
     """What each thread has of a piece in ``memory_layout``: [threads, values]."""
     ROWS: gl.constexpr = tile.shape[0]
-    PER_ROW: gl.constexpr = tile.shape[1] // 8
-    AT_ONCE: gl.constexpr = 32 // PER_ROW
-    shape: gl.constexpr = (ROWS // (AT_ONCE * num_warps), num_warps, AT_ONCE, PER_ROW, 8)
-    values = gl.permute(gl.reshape(tile, shape), (1, 2, 3, 0, 4))
-    return gl.reshape(values, (32 * num_warps, ROWS * PER_ROW * 8 // (32 * num_warps)))
+    AT_ONCE: gl.constexpr = neighbours(ROWS, tile.shape[1], num_warps)
+    PER_ROW: gl.constexpr = tile.shape[1] // AT_ONCE
+    OF_WARP: gl.constexpr = 32 // PER_ROW
+    TIMES: gl.constexpr = ROWS // (OF_WARP * num_warps)
+    values = gl.reshape(tile, (TIMES, num_warps, OF_WARP, PER_ROW, AT_ONCE))
+    return gl.reshape(gl.permute(values, (1, 2, 3, 0, 4)), (32 * num_warps, TIMES * AT_ONCE))
 
 
 @gluon.jit
@@ -324,8 +325,9 @@ def slice_of(token_type, SLICE_OF_TYPE: gl.constexpr, NUM_SLICES: gl.constexpr):
 
 
 @gluon.jit
-def fetch_row(row_ptr, SIZE: gl.constexpr, K: gl.constexpr, num_warps: gl.constexpr):
-    """Ask for the lines of a row [K]; SIZE is K or a larger power of two."""
+def fetch_row(row_ptr, K: gl.constexpr, num_warps: gl.constexpr):
+    """Ask for the lines of a row [K]."""
+    SIZE: gl.constexpr = 2 ** log2(2 * K - 1)
     LINE: gl.constexpr = 1024 // row_ptr.dtype.element_ty.primitive_bitwidth
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
     place = gl.minimum(gl.arange(0, SIZE // LINE, layout) * LINE, K - 1)
@@ -356,10 +358,17 @@ def place_of(
 
 
 @gluon.constexpr_function
-def memory_layout(columns, num_warps):
-    """Eight neighbours to a thread, rows of a piece one after the other."""
-    per_row = min(columns // 8, 32)
-    return gl.BlockedLayout([1, 8], [32 // per_row, per_row], [num_warps, 1], [1, 0])
+def neighbours(rows, columns, num_warps):
+    """Of a row that a thread has; eight, or fewer so that each thread has some."""
+    return min(8, rows * columns // (32 * num_warps))
+
+
+@gluon.constexpr_function
+def memory_layout(rows, columns, num_warps):
+    """Neighbours to a thread, rows of a piece one after the other."""
+    per_thread = neighbours(rows, columns, num_warps)
+    per_row = columns // per_thread
+    return gl.BlockedLayout([1, per_thread], [32 // per_row, per_row], [num_warps, 1], [1, 0])
 
 
 @gluon.constexpr_function
@@ -383,7 +392,7 @@ def load_factor(
     num_warps: gl.constexpr,
 ):
     """A piece of a factor [NUM_ROWS, NUM_COLUMNS] in bf16; zeros outside of its columns START to END."""
-    layout: gl.constexpr = memory_layout(COLUMNS, num_warps)
+    layout: gl.constexpr = memory_layout(ROWS, COLUMNS, num_warps)
     row = FIRST_ROW + gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
     column = FIRST_COLUMN + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
     inside = (row < NUM_ROWS) & (column >= START) & (column < END)
@@ -469,9 +478,11 @@ def unpacked(x, dtype: gl.constexpr, num_warps: gl.constexpr):
             is_pure=True,
             pack=1,
         )
+        ROWS: gl.constexpr = x.shape[0]
         COLUMNS: gl.constexpr = 2 * x.shape[1]
-        x = gl.reshape(gl.join(even, odd), (x.shape[0], COLUMNS)).to(dtype, bitcast=True)
-        x = gl.convert_layout(x, memory_layout(COLUMNS, num_warps), assert_trivial=True)
+        x = gl.reshape(gl.join(even, odd), (ROWS, COLUMNS)).to(dtype, bitcast=True)
+        layout: gl.constexpr = memory_layout(ROWS, COLUMNS, num_warps)
+        x = gl.convert_layout(x, layout, assert_trivial=True)
     return x
 
 
@@ -805,13 +816,14 @@ def hopper_transform_quantize_kernel(
             exchange = (even_a, odd_a, even_b, odd_b)
     tokens_a = bf16_tiles(TURNS, IN_A, COLUMNS)
     tokens_b = tokens_a
-    place_a = place_of(0, IN_A, 0, COLUMNS, D1, D2, memory_layout(COLUMNS, num_warps))
+    layout_a: gl.constexpr = memory_layout(IN_A, COLUMNS, num_warps)
+    place_a = place_of(0, IN_A, 0, COLUMNS, D1, D2, layout_a)
     place_b = place_a
     weight_a, bias_a, channel_scale_a = weight_ptr, bias_ptr, channel_scale_ptr
     weight_b, bias_b, channel_scale_b = weight_ptr, bias_ptr, channel_scale_ptr
     if HAS_B:
         tokens_b = bf16_tiles(TURNS, ROWS_B, WIDTH_B)
-        layout_b: gl.constexpr = memory_layout(WIDTH_B, num_warps)
+        layout_b: gl.constexpr = memory_layout(ROWS_B, WIDTH_B, num_warps)
         place_b = place_of(FIRST_ROW_B, ROWS_B, FIRST_COLUMN_B, WIDTH_B, D1, D2, layout_b)
     if weight_ptr is not None:
         weight_a = load_channels(weight_ptr, place_a, WEIGHT_OFFSET)
@@ -896,7 +908,7 @@ def hopper_transform_quantize_kernel(
         after = gl.minimum(here + gl.num_programs(0), M - 1)
         type_after = type_of(type_ptr, after, DEFAULT_TYPE, NUM_TYPES)
         if other_ptr is not None:
-            fetch_row(other_ptr + after * other_stride, ROWS * COLUMNS, K, num_warps)
+            fetch_row(other_ptr + after * other_stride, K, num_warps)
         if AHEAD:
             turn = 1 - turn
             in_slice = slice_of(token_type, SLICE_OF_TYPE, NUM_SLICES)
