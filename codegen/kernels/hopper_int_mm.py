@@ -10,7 +10,8 @@ has a barrier arrival of its own: with eight warps in one group some arrive befo
 Where there are too few tiles for the chip, K is split among programs. Each leaves its sum in memory and counts itself;
 the last one adds what the others left, and does the epilogue. Weights are on their way before the kernel before is done
 (``stream_order``): into shared memory as many as there is room for; with few tokens, whose time is that of the weights,
-all of a program's first tile into the L2 cache.
+all of a program's tiles into the L2 cache. Tiles of few tokens take less than half of a multiprocessor, so that the
+transform after them and the next Linear's weights need not wait for their end.
 
 e4m3 codes differ in unpacking and in the accumulator. With PROMOTED the sum of a step is added to the rest in fp32, as
 in ``int_mm``; registers hold both, so tiles are smaller. Without, all is left to the tensor core.
@@ -230,12 +231,16 @@ def copy_tiles(
                     full.index(stage),
                     weight_ring.index(GROUPS * stage + group),
                 )
-        if BLOCK_M <= 64:
+        num_items = num_m * num_n * SPLIT_K
+        if BLOCK_M <= 64 or num_items <= gl.num_programs(0):
             lanes: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-            for group in gl.static_range(GROUPS):
-                rows = (tile_n * GROUPS + group) * ROWS + gl.arange(0, ROWS, lanes)
-                start = gl.minimum(rows, N - 1).to(gl.int64) * row_bytes + first
-                fetch(weight_ptr + start, last - first)
+            for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
+                tile_m, tile_n = tile_of(item // SPLIT_K, num_m, num_n, GROUP_M)
+                first, last = part_of(0, num_even, item % SPLIT_K, BLOCK_K, SPLIT_K)
+                for group in gl.static_range(GROUPS):
+                    rows = (tile_n * GROUPS + group) * ROWS + gl.arange(0, ROWS, lanes)
+                    start = gl.minimum(rows, N - 1).to(gl.int64) * row_bytes + first
+                    fetch(weight_ptr + start, last - first)
     wait_for_previous_kernel()
     step = 0
     for item in range(gl.program_id(0), num_m * num_n * SPLIT_K, gl.num_programs(0)):
@@ -605,9 +610,10 @@ def hopper_linear_kernel(
 
 def registers(tile: TileConfig) -> dict[str, int]:
     """Registers of a thread: of all groups and four warps for copying on average, and in a group but the first."""
-    average, group = {(2, 1): (168, 232), (2, 2): (80, 104), (3, 1): (128, 160)}[
-        tile.groups, tile.programs
-    ]
+    if tile.block_m <= 64:
+        average, group = 80, 104
+    else:
+        average, group = (168, 232) if tile.groups == 2 else (128, 160)
     return {"maxnreg": average, "GROUP_REGISTERS": group}
 
 
