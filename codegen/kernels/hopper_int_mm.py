@@ -610,7 +610,9 @@ def hopper_linear_kernel(
 
 def registers(tile: TileConfig) -> dict[str, int]:
     """Registers of a thread: of all groups and four warps for copying on average, and in a group but the first."""
-    if tile.block_m <= 64:
+    if tile.block_m <= 32:
+        average, group = 64, 80
+    elif tile.block_m <= 64:
         average, group = 80, 104
     else:
         average, group = (168, 232) if tile.groups == 2 else (128, 160)
