@@ -124,8 +124,10 @@ _HOPPER_TILES = (
     (TileConfig(128, 128, 64, num_stages=6, group_m=16), 0.87),
     (TileConfig(64, 128, 128, num_stages=5, group_m=16), 0.75),
     (TileConfig(64, 128, 128, num_stages=3, group_m=16, programs=2), 0.75),
+    (TileConfig(32, 128, 128, num_stages=3, group_m=16), 0.45),
     (TileConfig(16, 128, 128, num_stages=6, group_m=16), 0.25),
     (TileConfig(16, 128, 128, num_stages=5, group_m=16, programs=2), 0.25),
+    (TileConfig(16, 128, 128, num_stages=3, group_m=16), 0.25),
 )
 _SPLITS = (1, 2, 4, 8)
 # Microseconds on an H100: a tile of 128 x 256 over 4096 codes; what a program spends besides on a part of a tile, and

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 import gluon_interpreter
 import torch
 from gluon_interpreter import InterpretedLaunch, InterpreterError
+from poison import poisoned_empty
 from prologue_bound import exact_row
 from random_prologues import random_prologue
 from random_transforms import random_transform
@@ -34,6 +35,7 @@ counter = torch.zeros(4096, dtype=torch.int32)
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A chip of three multiprocessors."""
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
     for module in (hopper_int_mm, hopper_transform_quantize):
         monkeypatch.setattr(module, "Launch", InterpretedLaunch)
         module._launch_of.cache_clear()
