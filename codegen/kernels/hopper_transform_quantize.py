@@ -1,10 +1,18 @@
-"""``transform_quantize`` for Hopper, written for its warp groups (Gluon): codes of 4 bits or e4m3, one slice.
+"""``transform_quantize`` for Hopper, written for its warp groups (Gluon): codes of 4 bits or e4m3.
 
-A program works on one token at a time; several programs on a multiprocessor wait for each other's loads, which is why
-registers are few: ``HopperTransformTile.registers``. ``Z = (L^T X) R``: both factors stay in shared memory for all
-tokens, and a token goes through it; what the first product leaves in registers is the left operand of the second. The
-rows of X, or else its columns, are taken in pieces A and B of two powers of two where one would be mostly padding (96 =
-64 + 32); B may be absent. The prologue (norm or activation) is that of ``transform_prologue``.
+``Z = (L^T X) R``: both factors stay in shared memory for all tokens, and a token goes through it; what the first
+product leaves in registers is the left operand of the second. The rows of X, or else its columns, are taken in pieces A
+and B of two powers of two where one would be mostly padding (96 = 64 + 32); B may be absent. The prologue (norm or
+activation) is that of ``transform_prologue``.
+
+A program works on one token at a time. While it waits, others of the multiprocessor work, as many as there are
+registers for; or, if tokens are wide, the program itself is ahead (``HopperTransformTile.ahead``): it prepares the next
+token while the second product of this one is computed, and makes the codes of this one during the next one's first.
+
+An RMS norm divides codes and scale alike: z is made of x, and from x the norm times the shift is taken away. So there
+is nothing to multiply a token with before the transform, and less is rounded.
+
+Slices (``widths``) are zeros in the columns of L: a token gets the L and the R of its slice, and the codes of all rows.
 
 Why bf16 where the portable kernel has fp16: it needs no search for the largest magnitude of a token, and two values
 share an instruction. This kernel waits for instructions, not for memory, and 2^-9 of a value is far below the
@@ -29,6 +37,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from freeact_fx.codegen.prologue import NO_PROLOGUE, Prologue
 from freeact_fx.codegen.tiles import HopperTransformTile, hopper_transform_tile
 
+from .hopper_arithmetic import (
+    activation,
+    larger,
+    larger_magnitude,
+    minus,
+    times,
+    times_plus,
+    to_e4m3,
+    to_int4,
+)
 from .launches import Launch
 from .stream_order import allow_next_kernel, wait_for_previous_kernel
 from .transform_quantize import rows_in_memory
@@ -36,139 +54,6 @@ from .transform_quantize import rows_in_memory
 SMALLEST = gl.constexpr(1e-30)
 # Triton 3.9 has a new name for it.
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-
-
-@gluon.jit
-def larger(one, other):
-    return gl.where((one >= other) | (one != one), one, other)
-
-
-@gluon.jit
-def minus(one, other):
-    return gl.inline_asm_elementwise(
-        "sub.rn.bf16x2 $0, $1, $2;", "=r,r,r", [one, other], dtype=gl.bfloat16, is_pure=True, pack=2
-    )
-
-
-@gluon.jit
-def times(one, other):
-    return gl.inline_asm_elementwise(
-        "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [one, other], dtype=gl.bfloat16, is_pure=True, pack=2
-    )
-
-
-@gluon.jit
-def times_plus(one, other, third):
-    return gl.inline_asm_elementwise(
-        "fma.rn.bf16x2 $0, $1, $2, $3;",
-        "=r,r,r,r",
-        [one, other, third],
-        dtype=gl.bfloat16,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@gluon.jit
-def larger_magnitude(one, other):
-    """As a modifier of its operands a magnitude costs nothing."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .f32 a, b;
-        abs.f32 a, $1;
-        abs.f32 b, $2;
-        max.f32 $0, a, b;
-        }""",
-        "=f,f,f",
-        [one, other],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
-def to_int4(z, per_unit):
-    """``14 * z * per_unit`` to the nearest integers in [-7, 7].
-
-    Saturation is free where it is to [0, 1]; what is then added makes the low byte of an fp32 the integer.
-    """
-    # 0.5, 14, and 1.5 * 2^23 - 7
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .f32 a, b, c, d;
-        .reg .b32 low, high;
-        fma.rn.sat.f32 a, $1, $5, 0f3F000000;
-        fma.rn.sat.f32 b, $2, $6, 0f3F000000;
-        fma.rn.sat.f32 c, $3, $7, 0f3F000000;
-        fma.rn.sat.f32 d, $4, $8, 0f3F000000;
-        fma.rn.f32 a, a, 0f41600000, 0f4B3FFFF9;
-        fma.rn.f32 b, b, 0f41600000, 0f4B3FFFF9;
-        fma.rn.f32 c, c, 0f41600000, 0f4B3FFFF9;
-        fma.rn.f32 d, d, 0f41600000, 0f4B3FFFF9;
-        prmt.b32 low, a, b, 0x0040;
-        prmt.b32 high, c, d, 0x0040;
-        prmt.b32 $0, low, high, 0x5410;
-        }""",
-        "=r,r,r,r,r,r,r,r,r",
-        [z, per_unit],
-        dtype=gl.int8,
-        is_pure=True,
-        pack=4,
-    )
-
-
-@gluon.jit
-def to_e4m3(z, per_unit):
-    """``z * per_unit`` to the nearest e4m3 values, as bytes."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .f32 a, b, c, d;
-        .reg .b16 low, high;
-        mul.rn.f32 a, $1, $5;
-        mul.rn.f32 b, $2, $6;
-        mul.rn.f32 c, $3, $7;
-        mul.rn.f32 d, $4, $8;
-        cvt.rn.satfinite.e4m3x2.f32 low, b, a;
-        cvt.rn.satfinite.e4m3x2.f32 high, d, c;
-        mov.b32 $0, {low, high};
-        }""",
-        "=r,r,r,r,r,r,r,r,r",
-        [z, per_unit],
-        dtype=gl.int8,
-        is_pure=True,
-        pack=4,
-    )
-
-
-@gluon.jit
-def sigmoid(x):
-    """In approximate functions of the chip, exact to about 2^-21."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .f32 e;
-        mul.f32 e, $1, 0fBFB8AA3B;
-        ex2.approx.ftz.f32 e, e;
-        add.f32 e, e, 0f3F800000;
-        rcp.approx.ftz.f32 $0, e;
-        }""",
-        "=f,f",
-        [x],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
-def activation(x, KIND: gl.constexpr):
-    """As in ``transform_prologue``."""
-    if KIND == "gelu":
-        return 0.5 * x * (1.0 + gl.erf(x * 0.7071067811865476))
-    elif KIND == "gelu_tanh":
-        return x * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    else:
-        return x * sigmoid(x)
 
 
 @gluon.jit
@@ -450,11 +335,6 @@ def load_once(row, place):
 
 
 @gluon.jit
-def load_ahead(row, place):
-    return packed(load_once(row, place))
-
-
-@gluon.jit
 def packed(x):
     """Neighbours of 16 bits in a register, as a loop should carry them: it would give each a register of its own, and
     wait for memory where it ends."""
@@ -559,15 +439,11 @@ def put_token(
     x_b,
     token,
     token_type,
-    other_ptr,
-    other_stride,
-    total_ptr,
-    shift_ptr,
-    channels_a,
-    channels_b,
-    place_a,
-    place_b,
+    tables,
+    piece_a,
+    piece_b,
     slots,
+    DTYPE: gl.constexpr,
     K: gl.constexpr,
     PROLOGUE: gl.constexpr,
     EPS: gl.constexpr,
@@ -576,8 +452,9 @@ def put_token(
     num_warps: gl.constexpr,
 ):
     """What is transformed of a token goes to shared memory. Returns what its scale is to be multiplied with."""
-    weight_a, bias_a, channel_scale_a = channels_a
-    weight_b, bias_b, channel_scale_b = channels_b
+    place_a, weight_a, bias_a, channel_scale_a = piece_a
+    place_b, weight_b, bias_b, channel_scale_b = piece_b
+    other_ptr, other_stride, total_ptr, shift_ptr = tables
     other_row, total_row, shift_row = other_ptr, total_ptr, shift_ptr
     if other_ptr is not None:
         other_row += token * other_stride
@@ -585,8 +462,10 @@ def put_token(
         total_row += token * K
     if shift_ptr is not None:
         shift_row += token_type * K
+    x_a = unpacked(x_a, DTYPE, num_warps)
     x_a = begun(x_a, other_row, total_row, place_a, PROLOGUE)
     if HAS_B:
+        x_b = unpacked(x_b, DTYPE, num_warps)
         x_b = begun(x_b, other_row, total_row, place_b, PROLOGUE)
     if PROLOGUE == "layer":
         mean = sum_in_threads(x_a.to(gl.float32), num_warps)
@@ -623,16 +502,25 @@ def put_token(
 
 @gluon.jit
 def first_product(
-    left_a, left_b, token_a, token_b, IN_B: gl.constexpr, COLUMNS_B: gl.constexpr, num_warps: gl.constexpr
+    lefts,
+    tokens,
+    in_slice,
+    turn,
+    IN_B: gl.constexpr,
+    COLUMNS_B: gl.constexpr,
+    num_warps: gl.constexpr,
 ):
     """Begin Y = L^T X: fp32 sums of bf16 products, in one piece of columns or two."""
-    ROWS: gl.constexpr = left_a.shape[1]
+    left = lefts[0].index(in_slice).permute((1, 0))
+    token_a = tokens[0].index(turn)
+    token_b = tokens[1].index(turn)
+    ROWS: gl.constexpr = left.shape[0]
     COLUMNS: gl.constexpr = token_a.shape[1]
-    left = left_a.permute((1, 0))
     y_a = gl.zeros((ROWS, COLUMNS), gl.float32, product_layout(COLUMNS, num_warps))
     y_a = warpgroup_mma(left, token_a, y_a, use_acc=False, is_async=True)
     if IN_B > 0:
-        y_a = warpgroup_mma(left_b.permute((1, 0)), token_b, y_a, is_async=True)
+        left_b = lefts[1].index(in_slice).permute((1, 0))
+        y_a = warpgroup_mma(left_b, token_b, y_a, is_async=True)
         return (y_a,)
     elif COLUMNS_B > 0:
         y_b = gl.zeros((ROWS, COLUMNS_B), gl.float32, product_layout(COLUMNS_B, num_warps))
@@ -643,8 +531,9 @@ def first_product(
 
 
 @gluon.jit
-def second_product(y, right_aa, right_ba, right_ab, right_bb, num_warps: gl.constexpr):
+def second_product(y, rights, in_slice, num_warps: gl.constexpr):
     """Begin Z = Y R, Y in bf16, in as many pieces."""
+    right_aa, right_ba, right_ab, right_bb = rights
     ROWS: gl.constexpr = y[0].shape[0]
     COLUMNS: gl.constexpr = y[0].shape[1]
     mma: gl.constexpr = product_layout(COLUMNS, num_warps)
@@ -652,7 +541,7 @@ def second_product(y, right_aa, right_ba, right_ab, right_bb, num_warps: gl.cons
     z_a = gl.zeros((ROWS, COLUMNS), gl.float32, mma)
     y_a = y[0].to(gl.bfloat16)
     y_aa = gl.convert_layout(y_a, operand)
-    z_a = warpgroup_mma(y_aa, right_aa, z_a, use_acc=False, is_async=True)
+    z_a = warpgroup_mma(y_aa, right_aa.index(in_slice), z_a, use_acc=False, is_async=True)
     if len(y) == 1:
         return (z_a,)
     else:
@@ -664,9 +553,9 @@ def second_product(y, right_aa, right_ba, right_ab, right_bb, num_warps: gl.cons
         y_ba = gl.convert_layout(y_b, operand)
         y_ab = gl.convert_layout(y_a, operand_b)
         y_bb = gl.convert_layout(y_b, operand_b)
-        z_a = warpgroup_mma(y_ba, right_ba, z_a, is_async=True)
-        z_b = warpgroup_mma(y_ab, right_ab, z_b, use_acc=False, is_async=True)
-        z_b = warpgroup_mma(y_bb, right_bb, z_b, is_async=True)
+        z_a = warpgroup_mma(y_ba, right_ba.index(in_slice), z_a, is_async=True)
+        z_b = warpgroup_mma(y_ab, right_ab.index(in_slice), z_b, use_acc=False, is_async=True)
+        z_b = warpgroup_mma(y_bb, right_bb.index(in_slice), z_b, is_async=True)
         return (z_a, z_b)
 
 
@@ -766,6 +655,7 @@ def hopper_transform_quantize_kernel(
     WEIGHT_OFFSET: gl.constexpr,
     num_warps: gl.constexpr,
 ):
+    DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     K: gl.constexpr = D1 * D2
     NUM_TYPES: gl.constexpr = len(SLICE_OF_TYPE)
     NUM_SLICES: gl.constexpr = len(WIDTHS)
@@ -845,38 +735,36 @@ def hopper_transform_quantize_kernel(
             scale_tile_b = row_major(gl.bfloat16, ROWS_B, WIDTH_B)
             scale_tile_b.store(channel_scale_b)
             channel_scale_b = scale_tile_b
+    lefts = (left_a, left_b)
+    rights = (right_aa, right_ba, right_ab, right_bb)
+    tokens = (tokens_a, tokens_b)
+    piece_a = (place_a, weight_a, bias_a, channel_scale_a)
+    piece_b = (place_b, weight_b, bias_b, channel_scale_b)
+    tables = (other_ptr, other_stride, total_ptr, shift_ptr)
     # What comes from DRAM is under way a token ahead: x, and its type, which says where the shift is, in registers, the
-    # rest as far as the L2 cache. If AHEAD, a second program of the multiprocessor, for which there are no registers,
-    # is made up for: a token is prepared while the second product of the one before is computed, whose codes are made
-    # while the token's first product is.
-    channels_a = (weight_a, bias_a, channel_scale_a)
-    channels_b = (weight_b, bias_b, channel_scale_b)
+    # rest as far as the L2 cache.
     token = gl.program_id(0).to(gl.int64)
     here = gl.minimum(token, M - 1)  # the token in x
     type_here = type_of(type_ptr, here, DEFAULT_TYPE, NUM_TYPES)
-    x_a = load_ahead(x_ptr + here * x_stride, place_a)
+    x_a = packed(load_once(x_ptr + here * x_stride, place_a))
     x_b = x_a
     if HAS_B:
-        x_b = load_ahead(x_ptr + here * x_stride, place_b)
+        x_b = packed(load_once(x_ptr + here * x_stride, place_b))
     turn = 0
     if AHEAD:
         token_type = type_here
         unit = put_token(
             tokens_a.index(0),
             tokens_b.index(0),
-            unpacked(x_a, x_ptr.dtype.element_ty, num_warps),
-            unpacked(x_b, x_ptr.dtype.element_ty, num_warps),
+            x_a,
+            x_b,
             here,
             type_here,
-            other_ptr,
-            other_stride,
-            total_ptr,
-            shift_ptr,
-            channels_a,
-            channels_b,
-            place_a,
-            place_b,
+            tables,
+            piece_a,
+            piece_b,
             sums,
+            DTYPE,
             K,
             PROLOGUE,
             EPS,
@@ -887,20 +775,14 @@ def hopper_transform_quantize_kernel(
         fence_async_shared()
         _barrier()
         in_slice = slice_of(token_type, SLICE_OF_TYPE, NUM_SLICES)
-        y = first_product(
-            left_a.index(in_slice),
-            left_b.index(in_slice),
-            tokens_a.index(0),
-            tokens_b.index(0),
-            IN_B,
-            COLUMNS_B,
-            num_warps,
-        )
+        y = first_product(lefts, tokens, in_slice, 0, IN_B, COLUMNS_B, num_warps)
         here = gl.minimum(here + gl.num_programs(0), M - 1)
         type_here = type_of(type_ptr, here, DEFAULT_TYPE, NUM_TYPES)
-        x_a = load_ahead(x_ptr + here * x_stride, place_a)
+        x_a = packed(load_once(x_ptr + here * x_stride, place_a))
         if HAS_B:
-            x_b = load_ahead(x_ptr + here * x_stride, place_b)
+            x_b = packed(load_once(x_ptr + here * x_stride, place_b))
+        if other_ptr is not None:
+            fetch_row(other_ptr + here * other_stride, K, num_warps)
         y = waited_for(y)
         _barrier()
     # Not a for: out of one the compiler moves loads, which then fill the registers.
@@ -912,30 +794,19 @@ def hopper_transform_quantize_kernel(
         if AHEAD:
             turn = 1 - turn
             in_slice = slice_of(token_type, SLICE_OF_TYPE, NUM_SLICES)
-            z = second_product(
-                y,
-                right_aa.index(in_slice),
-                right_ba.index(in_slice),
-                right_ab.index(in_slice),
-                right_bb.index(in_slice),
-                num_warps,
-            )
+            z = second_product(y, rights, in_slice, num_warps)
         unit_here = put_token(
             tokens_a.index(turn),
             tokens_b.index(turn),
-            unpacked(x_a, x_ptr.dtype.element_ty, num_warps),
-            unpacked(x_b, x_ptr.dtype.element_ty, num_warps),
+            x_a,
+            x_b,
             here,
             type_here,
-            other_ptr,
-            other_stride,
-            total_ptr,
-            shift_ptr,
-            channels_a,
-            channels_b,
-            place_a,
-            place_b,
+            tables,
+            piece_a,
+            piece_b,
             sums,
+            DTYPE,
             K,
             PROLOGUE,
             EPS,
@@ -951,26 +822,11 @@ def hopper_transform_quantize_kernel(
         if AHEAD:
             z = waited_for(z)
         in_slice = slice_of(type_here, SLICE_OF_TYPE, NUM_SLICES)
-        y = first_product(
-            left_a.index(in_slice),
-            left_b.index(in_slice),
-            tokens_a.index(turn),
-            tokens_b.index(turn),
-            IN_B,
-            COLUMNS_B,
-            num_warps,
-        )
+        y = first_product(lefts, tokens, in_slice, turn, IN_B, COLUMNS_B, num_warps)
         if not AHEAD:
             token_type, unit = type_here, unit_here
             y = waited_for(y)
-            z = second_product(
-                y,
-                right_aa.index(in_slice),
-                right_ba.index(in_slice),
-                right_ab.index(in_slice),
-                right_bb.index(in_slice),
-                num_warps,
-            )
+            z = second_product(y, rights, in_slice, num_warps)
             z = waited_for(z)
         put_codes(
             z,
@@ -1008,8 +864,11 @@ def hopper_transform_quantize(
     default_type: int,
     qmax: int,
     prologue: Prologue = NO_PROLOGUE,
+    tile: HopperTransformTile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``transform_quantize`` on Hopper, for what ``tiles.hopper_transform_tile`` has a tile for.
+    """``transform_quantize`` on Hopper.
+
+    tile  ``hopper_transform_tile`` of the shape, which must have one, unless another is given
 
     Returns codes [M, K'] int8 (e4m3 for 448) in engine order and scale [M, 1] fp32.
     """
@@ -1019,7 +878,7 @@ def hopper_transform_quantize(
     result = codes.view(torch.float8_e4m3fn) if qmax == 448 else codes, scale
     if num_tokens == 0:
         return result
-    tile = hopper_transform_tile(d1, tuple(widths), d2, prologue.kind)
+    tile = tile or hopper_transform_tile(d1, tuple(widths), d2, prologue.kind)
     assert tile is not None
     x = rows_in_memory(x)
     other = None if prologue.other is None else rows_in_memory(prologue.other)

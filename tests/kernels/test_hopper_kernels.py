@@ -129,9 +129,7 @@ def test_transform_of_slices(plan: str, num_features: int, num_types: int, kind:
 
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 10])
-def test_transform_by_tokens(
-    num_tokens: int, ahead: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_transform_by_tokens(num_tokens: int, ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three programs that prepare the next token early or not, if there is a next one."""
     tile = hopper_transform_tile(56, (56,), 64, "rms")
     assert tile is not None
