@@ -25,7 +25,12 @@ from freeact_fx import reference
 from freeact_fx.codegen.engine_ops import to_engine_order, to_plain_order
 from freeact_fx.codegen.kernels import hopper_int_mm, hopper_transform_quantize
 from freeact_fx.codegen.prologue import NO_PROLOGUE, Prologue
-from freeact_fx.codegen.tiles import TileConfig, hopper_tiles, hopper_transform_tile
+from freeact_fx.codegen.tiles import (
+    HopperTransformTile,
+    TileConfig,
+    hopper_tiles,
+    hopper_transform_tile,
+)
 from freeact_fx.reference import pack_int4
 from freeact_fx.transform import GroupTransform
 
@@ -129,19 +134,17 @@ def test_transform_of_slices(plan: str, num_features: int, num_types: int, kind:
 
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 10])
-def test_transform_by_tokens(num_tokens: int, ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transform_by_tokens(num_tokens: int, ahead: bool) -> None:
     """Three programs that prepare the next token early or not, if there is a next one."""
     tile = hopper_transform_tile(56, (56,), 64, "rms")
     assert tile is not None
-    monkeypatch.setattr(
-        hopper_transform_quantize,
-        "hopper_transform_tile",
-        lambda *shape: replace(tile, ahead=ahead),
-    )
     x = torch.randn(num_tokens, 3584).bfloat16()
     prologue, t = random_prologue("rms of a sum", x), random_transform("shift", 3584, 2, seed=1)
-    total = check(x, prologue, t, torch.randint(-1, 3, (num_tokens,)), 7)
-    assert prologue.other is not None and torch.equal(total, x + prologue.other)
+    total = check(
+        x, prologue, t, torch.randint(-1, 3, (num_tokens,)), 7, replace(tile, ahead=ahead)
+    )
+    assert prologue.other is not None
+    assert torch.equal(total, x + prologue.other)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -154,13 +157,20 @@ def test_transform_of_other_dtypes(dtype: torch.dtype, typed: bool) -> None:
         check(x, random_prologue("rms", x), replace(t, shift=shift), types, 7)
 
 
-def check(x: Tensor, prologue: Prologue, t: GroupTransform, types: Tensor | None, qmax: int) -> Any:
+def check(
+    x: Tensor,
+    prologue: Prologue,
+    t: GroupTransform,
+    types: Tensor | None,
+    qmax: int,
+    tile: HopperTransformTile | None = None,
+) -> Any:
     """Codes and scale are what the kernel's rounding allows. Returns ``total``."""
     row, error = exact_row(x, prologue)
     bounds = codes_of(t, row, types, 2, qmax, error, in_bf16=True)
     codes, scale = hopper_transform_quantize.hopper_transform_quantize(
         x, types, t.shift, t.channel_scale, t.left, t.right, t.clip, t.widths, t.slice_of_type,
-        2, qmax, prologue,
+        2, qmax, prologue, tile,
     )  # fmt: skip
     bounds.check(to_plain_order(codes), scale)
     return prologue.total

@@ -301,7 +301,7 @@ def test_hopper_transform(
     )
     assert re.search(BF16_ON_HOPPER, compiled.ptx)
     assert ("prefetch.global.L2" in compiled.ptx) == ("other_ptr" in PROLOGUES[prologue])
-    print(compiled.local_bytes, compiled.registers, compiled.shared_bytes, tile)
-    assert compiled.local_bytes <= 800
+    # Addresses, mostly: read again rather than computed.
+    assert compiled.local_bytes <= (400 if sum(tile.columns) > 128 or prologue == "layer" else 200)
     assert compiled.registers * 32 * tile.num_warps * tile.per_multiprocessor <= 65536
     assert (compiled.shared_bytes + 1024) * tile.per_multiprocessor <= 228 * 1024
