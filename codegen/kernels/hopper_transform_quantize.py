@@ -709,12 +709,21 @@ def hopper_transform_quantize_kernel(
     layout_a: gl.constexpr = memory_layout(IN_A, COLUMNS, num_warps)
     place_a = place_of(0, IN_A, 0, COLUMNS, D1, D2, layout_a)
     place_b = place_a
-    weight_a, bias_a, channel_scale_a = weight_ptr, bias_ptr, channel_scale_ptr
-    weight_b, bias_b, channel_scale_b = weight_ptr, bias_ptr, channel_scale_ptr
     if HAS_B:
         tokens_b = bf16_tiles(TURNS, ROWS_B, WIDTH_B)
         layout_b: gl.constexpr = memory_layout(ROWS_B, WIDTH_B, num_warps)
         place_b = place_of(FIRST_ROW_B, ROWS_B, FIRST_COLUMN_B, WIDTH_B, D1, D2, layout_b)
+    # What comes from DRAM is under way a token ahead: x, and its type, which says where the shift is, in registers, the
+    # rest as far as the L2 cache.
+    token = gl.program_id(0).to(gl.int64)
+    here = gl.minimum(token, M - 1)  # the token in x
+    type_here = type_of(type_ptr, here, DEFAULT_TYPE, NUM_TYPES)
+    x_a = packed(load_once(x_ptr + here * x_stride, place_a))
+    x_b = x_a
+    if HAS_B:
+        x_b = packed(load_once(x_ptr + here * x_stride, place_b))
+    weight_a, bias_a, channel_scale_a = weight_ptr, bias_ptr, channel_scale_ptr
+    weight_b, bias_b, channel_scale_b = weight_ptr, bias_ptr, channel_scale_ptr
     if weight_ptr is not None:
         weight_a = load_channels(weight_ptr, place_a, WEIGHT_OFFSET)
         if HAS_B:
@@ -741,15 +750,6 @@ def hopper_transform_quantize_kernel(
     piece_a = (place_a, weight_a, bias_a, channel_scale_a)
     piece_b = (place_b, weight_b, bias_b, channel_scale_b)
     tables = (other_ptr, other_stride, total_ptr, shift_ptr)
-    # What comes from DRAM is under way a token ahead: x, and its type, which says where the shift is, in registers, the
-    # rest as far as the L2 cache.
-    token = gl.program_id(0).to(gl.int64)
-    here = gl.minimum(token, M - 1)  # the token in x
-    type_here = type_of(type_ptr, here, DEFAULT_TYPE, NUM_TYPES)
-    x_a = packed(load_once(x_ptr + here * x_stride, place_a))
-    x_b = x_a
-    if HAS_B:
-        x_b = packed(load_once(x_ptr + here * x_stride, place_b))
     turn = 0
     if AHEAD:
         token_type = type_here
