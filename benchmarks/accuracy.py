@@ -166,10 +166,12 @@ class Benchmark:
         return self._loaded[1]
 
     def _environment(self, job: Job) -> dict[str, Any]:
-        facts = {**environment(), "device": self.args.device, "compiler": job.compiler}
-        facts["num_workers"] = self.args.workers
-        if self.args.commit is not None:
-            facts["commit"] = self.args.commit
+        facts = {
+            **facts_of_run(self.args.commit),
+            "device": self.args.device,
+            "compiler": job.compiler,
+            "num_workers": self.args.workers,
+        }
         if self.args.device != "cpu":
             facts["gpu"] = torch.cuda.get_device_name(self.args.device)
         return facts
@@ -203,7 +205,7 @@ def main() -> None:
     # In the order of the tables.
     jobs.sort(key=lambda job: list(METHODS).index(job.method))
     found = [find_row(measured, benchmark.key(job), any_source=args.any_source) for job in jobs]
-    summary = summarise([row for row in found if row is not None], environment())
+    summary = summarise([row for row in found if row is not None], facts_of_run(args.commit))
     print_summary(summary)
     plot(summary, args.plot)
     print(f"plot: {args.plot}")
@@ -214,6 +216,10 @@ def main() -> None:
         fill_document(args.docs, summary, {name: method.what for name, method in METHODS.items()})
     if failed:
         sys.exit("failed: " + "; ".join(map(str, failed)))
+
+
+def facts_of_run(commit: str | None) -> dict[str, Any]:
+    return environment() if commit is None else {**environment(), "commit": commit}
 
 
 def chosen_sizes(args: argparse.Namespace) -> Sizes:

@@ -199,6 +199,7 @@ def _predictor_ranking(rows: Sequence[Row]) -> dict[str, float]:
 
 COLUMNS = (
     "nll",
+    "gap",
     "perplexity",
     "kl",
     "accuracy",
@@ -209,6 +210,7 @@ COLUMNS = (
 )
 HEADS = {
     "nll": "NLL",
+    "gap": "above float",
     "kl": "KL to float",
     "exact_match": "exact match",
     "of_bf16": "bytes / bf16",
@@ -220,6 +222,10 @@ HEADS = {
 def method_table(results: Sequence[Row], model: str, format_: str) -> list[list[str]]:
     """Head and one row per method: mean over seeds, ± their standard deviation."""
     there = [r for r in results if r["model"] == model and r["format"] in (format_, "float")]
+    nll = [r for r in there if r["metric"] == "nll"]
+    for of_float in (r["value"] for r in nll if r["format"] == "float"):
+        gaps = [{**r, "metric": "gap", "value": r["value"] - of_float} for r in nll]
+        there += [gap for gap in gaps if gap["format"] != "float"]
     columns = [c for c in COLUMNS if any(r["metric"] == c for r in there)]
     lines = [["method", *(HEADS.get(c, c) for c in columns)]]
     for method in dict.fromkeys(r["method"] for r in there):

@@ -148,9 +148,11 @@ def test_two_compilers_are_one_row_and_a_comparison() -> None:
 
 def test_table_shows_mean_and_spread_of_each_method() -> None:
     rows = tables(summarise(DLLM, {}))["dllm", "w4a4"]
-    assert rows[0] == ["method", "NLL", "KL to float", "score, s"]
-    assert rows[1] == ["float", "2.0000", "", "600"]
-    assert rows[2] == ["default", "2.1500 ± 0.0707", "0.0550 ± 0.0071", "600"]
+    assert rows[0] == ["method", "NLL", "above float", "KL to float", "score, s"]
+    assert rows[1] == ["float", "2.0000", "", "", "600"]
+    assert rows[2] == ["default", "2.1500 ± 0.0707", "0.1500 ± 0.0707", "0.0550 ± 0.0071", "600"]
+    rows = tables(summarise(DLLM[1:], {}))["dllm", "w4a4"]
+    assert rows[0] == ["method", "NLL", "KL to float", "score, s"]  # above what?
 
 
 def test_document_keeps_what_is_outside_the_marks(tmp_path: Path) -> None:
@@ -160,9 +162,9 @@ def test_document_keeps_what_is_outside_the_marks(tmp_path: Path) -> None:
     fill_document(file, summarise(DLLM, {}), {"default": "ours"})
     text = file.read_text()
     assert text.startswith(
-        "prose\n<!-- begin dllm w4a4 -->\n| method | NLL | KL to float | score, s |\n|---|"
+        "prose\n<!-- begin dllm w4a4 -->\n| method | NLL | above float | KL to float | score, s |\n|---|"
     )
-    assert "| default | 2.1500 ± 0.0707 | 0.0550 ± 0.0071 | 600 |\n" in text
+    assert "| default | 2.1500 ± 0.0707 | 0.1500 ± 0.0707 | 0.0550 ± 0.0071 | 600 |\n" in text
     assert text.endswith("more\n" + marks.format("vlm w4a4"))
 
 
