@@ -94,7 +94,9 @@ class Worker:
 def _serve(pipe: Connection, benchmark: Benchmark, gpu: str | None, log: Path | None) -> None:
     """A worker's life."""
     os.setsid()
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a process that is killed leaves
+    tqdm.set_lock(
+        threading.RLock()
+    )  # its own is a semaphore, which a process that is killed leaves
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     if log is not None:
