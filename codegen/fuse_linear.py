@@ -19,6 +19,7 @@ import torch
 from torch.fx import Graph, Node
 
 from .engine_ops import takes_linear
+from .tiles import MOST_TYPES
 
 aten, freeact = torch.ops.aten, torch.ops.freeact
 
@@ -44,7 +45,7 @@ def fuse_linear(graph: Graph, product: Node, output: Node) -> bool:
     if not is_chain or weight_scale is None or bias is None:
         return False
     types = _types_of(codes, weight_scale, bias)
-    if types is None:
+    if types is None or len(types[2]) > MOST_TYPES:
         return False
     scales = (steps[0].args[1], weight, weight_scale.table)
     with graph.inserting_before(output):

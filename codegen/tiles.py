@@ -199,6 +199,10 @@ def predicted_us(
     return max(rounds * each, reading) + summing
 
 
+# Of the same kernel, which keeps the rows of the bias table of all types in registers.
+MOST_TYPES = 16
+
+
 def fits_hopper(num_codes: int, num_outputs: int, output_bytes: int) -> bool:
     """Whether that kernel takes a shape: the copy engine wants rows, and the odd codes in them, at multiples of 16
     bytes, and steps are whole.
