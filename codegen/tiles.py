@@ -290,6 +290,8 @@ def hopper_transform_tile(
         # four anyway.
         registers, programs = (96, 5) if prologue == "none" else (128, 4)
         ahead = prologue == "rms"
+    elif rows == 64 and size <= 64 * 96:
+        registers, programs, ahead = 168, 3, True
     else:
         registers, programs, ahead = 255, 2 if rows == 64 else 1, True
     num_slices, num_tokens = len(widths), 2 if ahead else 1
