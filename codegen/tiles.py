@@ -280,7 +280,7 @@ def hopper_transform_tile(
     rows_in = (_padded(d1), 0) if columns[1] else _in_pieces(d1)
     if not (64 <= rows <= 128 and 16 <= columns[0] <= 128) or d2 % 2:
         return None
-    if not rows // 2 <= sum(rows_in) <= 128:
+    if not rows // 2 <= sum(rows_in) <= 128 or sum(rows_in) * sum(columns) > rows * 160:
         return None
     size = max(rows, sum(rows_in)) * sum(columns)
     if prologue == "gelu" and size > 64 * 64:  # the error function spills registers
@@ -290,10 +290,13 @@ def hopper_transform_tile(
         # four anyway.
         registers, programs = (96, 5) if prologue == "none" else (128, 4)
         ahead = prologue == "rms"
-    elif rows == 64 and size <= 64 * 96:
-        registers, programs, ahead = 168, 3, True
+    elif size <= 64 * 128:
+        registers, programs = (168, 3) if size <= 64 * 96 else (255, 2)
+        if rows == 128:
+            registers, programs = 128, 2
+        ahead = True
     else:
-        registers, programs, ahead = 255, 2 if rows == 64 else 1, True
+        registers, programs, ahead = 255, 1, True
     num_slices, num_tokens = len(widths), 2 if ahead else 1
     factors = num_slices * (sum(rows_in) * rows + sum(columns) ** 2)
     shared_bytes = 2 * (factors + num_tokens * sum(rows_in) * sum(columns))

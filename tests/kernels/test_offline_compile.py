@@ -245,6 +245,7 @@ def test_hopper_linear(tile: TileConfig, codes: torch.dtype, typed: bool, num_sl
         ((64, 64), (32, 32), "none"),
         ((56, 64), (56,), "rms"),
         ((64, 64), (24, 40, 64), "rms"),
+        ((128, 64), (64, 40), "rms"),
         ((64, 64), (64,), "rms of a sum"),
         ((64, 64), (64,), "gelu"),
         ((64, 128), (64,), "layer"),
