@@ -29,14 +29,14 @@ _PER_WARP = 8  # registers of a thread come in groups of
 
 
 def candidates(chosen: HopperTransformTile) -> Iterator[HopperTransformTile]:
-    """The chosen tile, and all numbers of programs, with the registers that they leave."""
+    """The chosen tile; one program more and one less, with the registers that they leave; each ahead or not."""
     yield chosen
     threads = 32 * chosen.num_warps
-    for programs in range(1, 7):
+    for programs in range(max(1, chosen.per_multiprocessor - 1), chosen.per_multiprocessor + 2):
         registers = min(255, _REGISTERS // (programs * threads) // _PER_WARP * _PER_WARP)
         for ahead in (False, True):
             tile = replace(chosen, registers=registers, per_multiprocessor=programs, ahead=ahead)
-            if tile != chosen and registers >= 80:
+            if tile != chosen:
                 yield tile
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -650,6 +651,7 @@ def hopper_transform_quantize_kernel(
     IN_A: gl.constexpr,
     IN_B: gl.constexpr,
     AHEAD: gl.constexpr,
+    ONE_EACH: gl.constexpr,
     PROLOGUE: gl.constexpr,
     EPS: gl.constexpr,
     WEIGHT_OFFSET: gl.constexpr,
@@ -667,6 +669,7 @@ def hopper_transform_quantize_kernel(
     FIRST_COLUMN_B: gl.constexpr = COLUMNS if COLUMNS_B > 0 else 0
     FIRST_ROW_B: gl.constexpr = IN_A if IN_B > 0 else 0
     TURNS: gl.constexpr = 2 if AHEAD else 1
+    gl.static_assert(not (AHEAD and ONE_EACH))
     # Two pieces of columns leave no registers for the channels' scales.
     SCALE_IN_SHARED: gl.constexpr = COLUMNS_B > 0
     allow_next_kernel()
@@ -787,10 +790,11 @@ def hopper_transform_quantize_kernel(
         _barrier()
     # Not a for: out of one the compiler moves loads, which then fill the registers.
     while token < M:
-        after = gl.minimum(here + gl.num_programs(0), M - 1)
-        type_after = type_of(type_ptr, after, DEFAULT_TYPE, NUM_TYPES)
-        if other_ptr is not None:
-            fetch_row(other_ptr + after * other_stride, K, num_warps)
+        if not ONE_EACH:
+            after = gl.minimum(here + gl.num_programs(0), M - 1)
+            type_after = type_of(type_ptr, after, DEFAULT_TYPE, NUM_TYPES)
+            if other_ptr is not None:
+                fetch_row(other_ptr + after * other_stride, K, num_warps)
         if AHEAD:
             turn = 1 - turn
             in_slice = slice_of(token_type, SLICE_OF_TYPE, NUM_SLICES)
@@ -815,9 +819,10 @@ def hopper_transform_quantize_kernel(
             num_warps,
         )
         fence_async_shared()
-        next_a = load_once(x_ptr + after * x_stride, place_a)
-        if HAS_B:
-            next_b = load_once(x_ptr + after * x_stride, place_b)
+        if not ONE_EACH:
+            next_a = load_once(x_ptr + after * x_stride, place_a)
+            if HAS_B:
+                next_b = load_once(x_ptr + after * x_stride, place_b)
         _barrier()
         if AHEAD:
             z = waited_for(z)
@@ -844,10 +849,11 @@ def hopper_transform_quantize_kernel(
         if AHEAD:
             y = waited_for(y)
             token_type, unit = type_here, unit_here
-        here, type_here = after, type_after
-        x_a = packed(next_a)
-        if HAS_B:
-            x_b = packed(next_b)
+        if not ONE_EACH:
+            here, type_here = after, type_after
+            x_a = packed(next_a)
+            if HAS_B:
+                x_b = packed(next_b)
         token += gl.num_programs(0)
 
 
@@ -884,6 +890,10 @@ def hopper_transform_quantize(
     other = None if prologue.other is None else rows_in_memory(prologue.other)
     optional = (prologue.weight, prologue.bias, token_type, shift, channel_scale)
     contiguous = (None if t is None else t.contiguous() for t in optional)
+    num_programs = _num_programs(x.device, tile)
+    one_each = num_tokens <= num_programs
+    if one_each:  # no next token to be ahead with
+        tile = replace(tile, ahead=False)
     launch = _launch_of(
         d1,
         d2,
@@ -892,13 +902,14 @@ def hopper_transform_quantize(
         default_type,
         qmax,
         tile,
+        one_each,
         prologue.kind,
         prologue.eps,
         prologue.weight_offset,
     )
     launch(
         x.device,
-        min(num_tokens, _num_programs(x.device, tile)),
+        min(num_tokens, num_programs),
         x,
         other,
         prologue.total,
@@ -924,6 +935,7 @@ def _launch_of(
     default_type: int,
     qmax: int,
     tile: HopperTransformTile,
+    one_each: bool,
     prologue: str,
     eps: float,
     weight_offset: float,
@@ -943,6 +955,7 @@ def _launch_of(
         IN_A=tile.rows_in[0],
         IN_B=tile.rows_in[1],
         AHEAD=tile.ahead,
+        ONE_EACH=one_each,
         PROLOGUE=prologue,
         EPS=eps,
         WEIGHT_OFFSET=weight_offset,

@@ -260,9 +260,9 @@ def test_hopper_linear(tile: TileConfig, codes: torch.dtype, typed: bool, num_sl
     ],
     ids=str,
 )
-@pytest.mark.parametrize("typed", [True, False])
+@pytest.mark.parametrize(("typed", "many"), [(True, True), (False, True), (True, False)])
 def test_hopper_transform(
-    shape: tuple[int, int], widths: tuple[int, ...], prologue: str, typed: bool
+    shape: tuple[int, int], widths: tuple[int, ...], prologue: str, typed: bool, many: bool
 ) -> None:
     tile = hopper_transform_tile(shape[0], widths, shape[1], prologue.split()[0])
     assert tile is not None
@@ -294,14 +294,16 @@ def test_hopper_transform(
             "COLUMNS_B": tile.columns[1],
             "IN_A": tile.rows_in[0],
             "IN_B": tile.rows_in[1],
-            "AHEAD": tile.ahead,
+            "AHEAD": tile.ahead and many,
+            "ONE_EACH": not many,
             "num_warps": tile.num_warps,
         },
         num_warps=tile.num_warps,
         maxnreg=tile.registers,
     )
     assert re.search(BF16_ON_HOPPER, compiled.ptx)
-    assert ("prefetch.global.L2" in compiled.ptx) == ("other_ptr" in PROLOGUES[prologue])
+    fetches = many and "other_ptr" in PROLOGUES[prologue]
+    assert ("prefetch.global.L2" in compiled.ptx) == fetches
     # Addresses, mostly: read again rather than computed.
     assert compiled.local_bytes <= (400 if sum(tile.columns) > 128 or prologue == "layer" else 200)
     assert compiled.registers * 32 * tile.num_warps * tile.per_multiprocessor <= 65536
