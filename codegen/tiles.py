@@ -265,6 +265,12 @@ class HopperTransformTile:
     per_multiprocessor: int
     ahead: bool
 
+    @property
+    def of_one_token(self) -> HopperTransformTile:
+        """For programs that have no next token to be ahead with. A third of the registers is left: while few tokens are
+        transformed, the product before may still run, and the one after begin."""
+        return replace(self, ahead=False, registers=min(self.registers, 1344 // self.num_warps))
+
 
 @functools.cache
 def hopper_transform_tile(

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -892,8 +891,8 @@ def hopper_transform_quantize(
     contiguous = (None if t is None else t.contiguous() for t in optional)
     num_programs = _num_programs(x.device, tile)
     one_each = num_tokens <= num_programs
-    if one_each:  # no next token to be ahead with
-        tile = replace(tile, ahead=False)
+    if one_each:
+        tile = tile.of_one_token
     launch = _launch_of(
         d1,
         d2,

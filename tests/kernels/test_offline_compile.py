@@ -266,6 +266,8 @@ def test_hopper_transform(
 ) -> None:
     tile = hopper_transform_tile(shape[0], widths, shape[1], prologue.split()[0])
     assert tile is not None
+    if not many:
+        tile = tile.of_one_token
     factors = dict.fromkeys(("channel_scale_ptr", "left_ptr", "right_ptr", "clip_ptr"), "*fp32")
     pointers = {"x_ptr": "*bf16", "shift_ptr": "*bf16", "codes_ptr": "*i8"}
     types = {"type_ptr": "*i32"}
@@ -294,7 +296,7 @@ def test_hopper_transform(
             "COLUMNS_B": tile.columns[1],
             "IN_A": tile.rows_in[0],
             "IN_B": tile.rows_in[1],
-            "AHEAD": tile.ahead and many,
+            "AHEAD": tile.ahead,
             "ONE_EACH": not many,
             "num_warps": tile.num_warps,
         },
@@ -304,7 +306,8 @@ def test_hopper_transform(
     assert re.search(BF16_ON_HOPPER, compiled.ptx)
     fetches = many and "other_ptr" in PROLOGUES[prologue]
     assert ("prefetch.global.L2" in compiled.ptx) == fetches
-    # Addresses, mostly: read again rather than computed.
-    assert compiled.local_bytes <= (400 if sum(tile.columns) > 128 or prologue == "layer" else 200)
+    # Addresses, mostly: read again rather than computed. For one token that is nothing.
+    most = 400 if sum(tile.columns) > 128 or prologue == "layer" else 200
+    assert compiled.local_bytes <= (most if many else 800)
     assert compiled.registers * 32 * tile.num_warps * tile.per_multiprocessor <= 65536
     assert (compiled.shared_bytes + 1024) * tile.per_multiprocessor <= 228 * 1024
