@@ -15,10 +15,13 @@ all of a program's first tile into the L2 cache.
 e4m3 codes differ in unpacking and in the accumulator. With PROMOTED the sum of a step is added to the rest in fp32, as
 in ``int_mm``; registers hold both, so tiles are smaller. Without, all is left to the tensor core.
 
+A branch is more steps in the same ring, behind those of the codes: its columns in bf16, as many as take the bytes of a
+step, multiplied onto the scaled sums. Where K is split all programs copy them, and the last one multiplies.
+
 A token's codes outside of its own slice are zeros, so a tile of tokens takes only the steps from the first to the last
 of the slices that occur in it. Each of the warps finds that out for itself.
 
-Letters as in ``int_mm``; S slices, P token types.
+Letters as in ``int_mm``; S slices, P token types, R columns of a branch.
 """
 
 from __future__ import annotations
@@ -51,6 +54,7 @@ from .stream_order import allow_next_kernel, counters, wait_for_previous_kernel
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+_OLD_NAME = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))
 
 _INSTRUCTION_TOKENS = gl.constexpr(128)  # int8 wgmma is refused at 256
 
@@ -172,9 +176,22 @@ def fetch(ptr, num_bytes):
 
 
 @gluon.jit
+def in_bf16(tile, layout: gl.constexpr):
+    """The memory of a tile of bytes [rows, 2 C] as one of bf16 [rows, C]."""
+    ROWS: gl.constexpr = tile.shape[0]
+    COLUMNS: gl.constexpr = tile.shape[1] // 2
+    if _OLD_NAME:
+        return tile._reinterpret(gl.bfloat16, [ROWS, COLUMNS], layout)
+    else:
+        return tile.reinterpret(gl.bfloat16, [ROWS, COLUMNS], layout)
+
+
+@gluon.jit
 def copy_tiles(
     codes,
     weight,
+    coefficients,
+    branch,
     type_ptr,
     codes_ring,
     weight_ring,
@@ -193,6 +210,7 @@ def copy_tiles(
     GROUPS: gl.constexpr,
     GROUP_M: gl.constexpr,
     SPLIT_K: gl.constexpr,
+    RANK: gl.constexpr,
 ):
     """The copying warp: packed weights, even codes and odd codes of each step, for each tile of this program."""
     STAGES: gl.constexpr = weight_ring.shape[0] // GROUPS
@@ -253,6 +271,18 @@ def copy_tiles(
             row = tile_m * BLOCK_M
             _load(codes, [row, byte], arrived, codes_ring.index(2 * stage))
             _load(codes, [row, num_even + byte], arrived, codes_ring.index(2 * stage + 1))
+            step += 1
+        for column in gl.static_range(0, RANK, BLOCK_K // 2):
+            stage = step % STAGES
+            arrived = full.index(stage)
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            mbarrier.expect(arrived, (GROUPS * ROWS + BLOCK_M) * BLOCK_K)
+            for group in gl.static_range(GROUPS):
+                row = (tile_n * GROUPS + group) * ROWS
+                target = in_bf16(weight_ring.index(GROUPS * stage + group), branch.layout)
+                _load(branch, [row, column], arrived, target)
+            target = in_bf16(codes_ring.index(2 * stage), coefficients.layout)
+            _load(coefficients, [tile_m * BLOCK_M, column], arrived, target)
             step += 1
 
 
@@ -336,8 +366,41 @@ def scaled(
 
 
 @gluon.jit
+def plus_branch(
+    y,
+    coefficients,
+    branch,
+    codes_ring,
+    weight_ring,
+    full,
+    empty,
+    step,
+    GROUPS: gl.constexpr,
+    RANK: gl.constexpr,
+    GROUP: gl.constexpr,
+    layout: gl.constexpr,
+):
+    """The scaled sums of a group's outputs plus those of the branch, whose steps begin with ``step``."""
+    STAGES: gl.constexpr = weight_ring.shape[0] // GROUPS
+    BLOCK_K: gl.constexpr = weight_ring.shape[2]
+    y = gl.convert_layout(y, layout)  # the same threads have the same values
+    for _column in gl.static_range(0, RANK, BLOCK_K // 2):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        columns = in_bf16(weight_ring.index(GROUPS * stage + GROUP), branch.layout)
+        of_tokens = in_bf16(codes_ring.index(2 * stage), coefficients.layout)
+        y = warpgroup_mma(columns, of_tokens.permute((1, 0)), y, is_async=True)
+        y = warpgroup_mma_wait(num_outstanding=0, deps=(y,))
+        mbarrier.arrive(empty.index(stage))
+        step += 1
+    return y
+
+
+@gluon.jit
 def multiply_tiles(
     out,
+    coefficients,
+    branch,
     scale_ptr,
     weight_scale_ptr,
     bias_ptr,
@@ -361,6 +424,7 @@ def multiply_tiles(
     GROUP_M: gl.constexpr,
     SPLIT_K: gl.constexpr,
     PROMOTED: gl.constexpr,
+    RANK: gl.constexpr,
     GROUP: gl.constexpr,
 ):
     """One group of four warps: its part of the outputs of each tile, scaled and written out."""
@@ -373,7 +437,11 @@ def multiply_tiles(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 32]
     )
     left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout, k_width=4)
+    layout_in_bf16: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 16]
+    )
     E4M3: gl.constexpr = codes_ring.dtype == gl.float8e4nv
+    BRANCH_STEPS: gl.constexpr = (2 * RANK + BLOCK_K - 1) // BLOCK_K
     wait_for_previous_kernel()
     step = 0
     for item in range(gl.program_id(0), num_m * num_n * SPLIT_K, gl.num_programs(0)):
@@ -438,10 +506,32 @@ def multiply_tiles(
                 SLICE_STARTS,
                 layout,
             )
+            if RANK > 0:
+                y = plus_branch(
+                    y,
+                    coefficients,
+                    branch,
+                    codes_ring,
+                    weight_ring,
+                    full,
+                    empty,
+                    step,
+                    GROUPS,
+                    RANK,
+                    GROUP,
+                    layout_in_bf16,
+                )
             tma.store_wait(0)
             out_tiles.index(GROUP).store(y.to(out.dtype).permute((1, 0)))
             fence_async_shared()
             _store(out, [first_m, first_n], out_tiles.index(GROUP))
+        if SPLIT_K > 1 and RANK > 0:
+            if not is_whole:
+                for ahead in gl.static_range(BRANCH_STEPS):
+                    stage = (step + ahead) % STAGES
+                    mbarrier.wait(full.index(stage), ((step + ahead) // STAGES) & 1)
+                    mbarrier.arrive(empty.index(stage))
+        step += BRANCH_STEPS
     tma.store_wait(0)
 
 
@@ -450,6 +540,8 @@ def hopper_linear_kernel(
     codes,  # descriptor of [M, K] int8 or e4m3, engine order
     weight,  # descriptor of [N, bytes] int8
     out,  # descriptor of [M, N]
+    coefficients,  # descriptor of [M, RANK] bf16, or None
+    branch,  # descriptor of [N, RANK] bf16, or None
     weight_ptr,  # [N, row_bytes] int8, the same
     scale_ptr,  # [M] fp32
     weight_scale_ptr,  # [S, N] fp32
@@ -473,6 +565,7 @@ def hopper_linear_kernel(
     SPLIT_K: gl.constexpr,
     GROUP_REGISTERS: gl.constexpr,
     PROMOTED: gl.constexpr,
+    RANK: gl.constexpr,  # columns of the branch; 0: none
     num_warps: gl.constexpr,
 ):
     allow_next_kernel()
@@ -494,43 +587,48 @@ def hopper_linear_kernel(
     if GROUPS == 2:
         gl.warp_specialize([
             (multiply_tiles, (
-                out, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr, partial_ptr, counter_ptr,
-                codes_ring, weight_ring, out_tiles, full, empty, M, N, num_m, num_n, num_even,
-                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, PROMOTED, 0,
+                out, coefficients, branch, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
+                partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, full, empty, M, N,
+                num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M,
+                SPLIT_K, PROMOTED, RANK, 0,
             )),
             (multiply_tiles, (
-                out, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr, partial_ptr, counter_ptr,
-                codes_ring, weight_ring, out_tiles, full, empty, M, N, num_m, num_n, num_even,
-                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, PROMOTED, 1,
+                out, coefficients, branch, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
+                partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, full, empty, M, N,
+                num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M,
+                SPLIT_K, PROMOTED, RANK, 1,
             )),
             (copy_tiles, (
-                codes, weight, type_ptr, codes_ring, weight_ring, full, empty, weight_ptr, M, N,
-                row_bytes, num_m, num_n, num_even,
-                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K,
+                codes, weight, coefficients, branch, type_ptr, codes_ring, weight_ring, full, empty,
+                weight_ptr, M, N, row_bytes, num_m, num_n, num_even,
+                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, RANK,
             )),
         ], [4, 1], [GROUP_REGISTERS, 24])
     else:
         gl.static_assert(GROUPS == 3)
         gl.warp_specialize([
             (multiply_tiles, (
-                out, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr, partial_ptr, counter_ptr,
-                codes_ring, weight_ring, out_tiles, full, empty, M, N, num_m, num_n, num_even,
-                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, PROMOTED, 0,
+                out, coefficients, branch, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
+                partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, full, empty, M, N,
+                num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M,
+                SPLIT_K, PROMOTED, RANK, 0,
             )),
             (multiply_tiles, (
-                out, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr, partial_ptr, counter_ptr,
-                codes_ring, weight_ring, out_tiles, full, empty, M, N, num_m, num_n, num_even,
-                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, PROMOTED, 1,
+                out, coefficients, branch, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
+                partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, full, empty, M, N,
+                num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M,
+                SPLIT_K, PROMOTED, RANK, 1,
             )),
             (multiply_tiles, (
-                out, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr, partial_ptr, counter_ptr,
-                codes_ring, weight_ring, out_tiles, full, empty, M, N, num_m, num_n, num_even,
-                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, PROMOTED, 2,
+                out, coefficients, branch, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
+                partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, full, empty, M, N,
+                num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M,
+                SPLIT_K, PROMOTED, RANK, 2,
             )),
             (copy_tiles, (
-                codes, weight, type_ptr, codes_ring, weight_ring, full, empty, weight_ptr, M, N,
-                row_bytes, num_m, num_n, num_even,
-                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K,
+                codes, weight, coefficients, branch, type_ptr, codes_ring, weight_ring, full, empty,
+                weight_ptr, M, N, row_bytes, num_m, num_n, num_even,
+                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, RANK,
             )),
         ], [4, 4, 1], [GROUP_REGISTERS, GROUP_REGISTERS, 24])
     # fmt: on
@@ -547,14 +645,17 @@ def registers(tile: TileConfig) -> dict[str, int]:
 @functools.cache
 def layouts(
     tile: TileConfig, dtype: torch.dtype, codes: torch.dtype = torch.int8
-) -> tuple[Any, Any, Any]:
-    """Shared-memory layouts of a tile of codes, and of a group's packed weights and outputs."""
+) -> tuple[Any, Any, Any, Any, Any]:
+    """Shared-memory layouts of a tile of codes, and of a group's packed weights and outputs; of a tile of coefficients,
+    and of a group's branch."""
     out = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}[dtype]
     shared = gl.NVMMASharedLayout.get_default_for
     return (
         shared([tile.block_m, tile.block_k], gl.int8 if codes == torch.int8 else gl.float8e4nv),
         shared([tile.rows, tile.block_k], gl.int8),
         shared([tile.block_m, tile.rows], out),
+        shared([tile.block_m, tile.block_k // 2], gl.bfloat16),
+        shared([tile.rows, tile.block_k // 2], gl.bfloat16),
     )
 
 
@@ -571,6 +672,8 @@ def hopper_linear(
     dtype: torch.dtype,
     tile: TileConfig | None = None,
     promoted: bool | None = None,
+    coefficients: Tensor | None = None,
+    branch_weight: Tensor | None = None,
 ) -> Tensor:
     """A whole linear after its transform, on Hopper.
 
@@ -584,6 +687,7 @@ def hopper_linear(
     tile          None: the fastest that was measured (``tuning``), else ``choose_hopper_tile``; must be legal for the
                   shape, ``tiles.fits_hopper``
     promoted      e4m3: True keeps the products of integers exact; None: ``tiles.PROMOTED``
+    coefficients  [M, R] bf16 with branch_weight [N, R] bf16, both contiguous, or None; ``tiles.fits_hopper_branch``
 
     Returns [M, N] of ``dtype``.
     """
@@ -601,7 +705,15 @@ def hopper_linear(
     tile = tile or choose_hopper_tile(
         num_tokens, num_outputs, num_codes, num_multiprocessors, promoted=promoted
     )
-    of_codes, of_weight, of_out = layouts(tile, dtype, codes.dtype)
+    of_codes, of_weight, of_out, of_coefficients, of_branch = layouts(tile, dtype, codes.dtype)
+    in_branch: tuple[Any, Any] = (None, None)
+    rank = 0
+    if coefficients is not None and branch_weight is not None:
+        rank, columns = coefficients.shape[1], tile.block_k // 2
+        in_branch = (
+            TensorDescriptor.from_tensor(coefficients, [tile.block_m, columns], of_coefficients),
+            TensorDescriptor.from_tensor(branch_weight, [tile.rows, columns], of_branch),
+        )
     weight = weight.view(torch.int8)
     tiles = -(-num_tokens // tile.block_m) * -(-num_outputs // tile.block_n)
     partial = counter = None
@@ -610,13 +722,16 @@ def hopper_linear(
         partial = torch.empty(size, dtype=partial_dtype(codes.dtype), device=codes.device)
         counter = counters(codes.device, tile.groups * tiles)
     num_programs = min(tiles * tile.split_k, num_multiprocessors * tile.programs)
-    launch = _launch_of(tile, promoted, default_type, tuple(slice_of_type), tuple(slice_sizes))
+    launch = _launch_of(
+        tile, promoted, default_type, tuple(slice_of_type), tuple(slice_sizes), rank
+    )
     launch(
         codes.device,
         num_programs,
         TensorDescriptor.from_tensor(codes, [tile.block_m, tile.block_k], of_codes),
         TensorDescriptor.from_tensor(weight, [tile.rows, tile.block_k], of_weight),
         TensorDescriptor.from_tensor(out, [tile.block_m, tile.rows], of_out),
+        *in_branch,
         weight,
         scale,
         weight_scale,
@@ -639,6 +754,7 @@ def _launch_of(
     default_type: int,
     slice_of_type: tuple[int, ...],
     slice_sizes: tuple[int, ...],
+    rank: int,
 ) -> Launch:
     return Launch(
         hopper_linear_kernel,
@@ -653,6 +769,7 @@ def _launch_of(
         GROUP_M=tile.group_m,
         SPLIT_K=tile.split_k,
         PROMOTED=promoted,
+        RANK=rank,
         num_warps=tile.num_warps,
         **registers(tile),
         enable_fp_fusion=True,

@@ -196,6 +196,11 @@ class Shared:
     def reshape(self, shape: Any) -> Shared:
         return Shared(self.data.view(*map(int, shape)), self.layout)
 
+    def reinterpret(self, dtype: Any, shape: Any, layout: Any) -> Shared:
+        return Shared(self.data.view(_TO_TORCH[dtype]).view(*map(int, shape)), layout)
+
+    _reinterpret = reinterpret
+
     def load(self, layout: Any = None) -> Value:
         return Value(self.data.clone(), layout)
 

@@ -49,10 +49,12 @@ def random_codes(*shape: int, largest: int) -> Tensor:
     return torch.randint(-largest, largest + 1, shape).to(torch.int8)
 
 
-@pytest.mark.parametrize("order", ["untyped", "one type", "mixed"])
+@pytest.mark.parametrize(
+    ("order", "rank"), [("untyped", 0), ("one type", 72), ("mixed", 0), ("mixed", 32)]
+)
 @pytest.mark.parametrize("dtype", [torch.int8, E4M3], ids=str)
 @pytest.mark.parametrize("tile", [tile for tile, _ in hopper_tiles(1024)], ids=str)
-def test_linear(tile: TileConfig, dtype: torch.dtype, order: str) -> None:
+def test_linear(tile: TileConfig, dtype: torch.dtype, order: str, rank: int) -> None:
     """Three slices for the types if they are mixed, one otherwise."""
     promoted = dtype == E4M3
     if promoted and tile.block_m * tile.rows > 64 * 128:
@@ -68,6 +70,7 @@ def test_linear(tile: TileConfig, dtype: torch.dtype, order: str) -> None:
     weight_i4 = random_codes(num_outputs, 1024, largest=7)
     scale, weight_scale = torch.rand(num_tokens), torch.rand(len(sizes), num_outputs)
     table = torch.randn(len(slice_of_type), num_outputs) if order != "untyped" else None
+    branch = [torch.randn(n, rank).bfloat16() for n in (num_tokens, num_outputs)]
     got = hopper_int_mm.hopper_linear(
         to_engine_order(codes.to(dtype)),
         scale,
@@ -81,13 +84,17 @@ def test_linear(tile: TileConfig, dtype: torch.dtype, order: str) -> None:
         torch.bfloat16,
         tile,
         promoted,
+        *(branch if rank else (None, None)),
     )
     want = codes.double() @ weight_i4.double().t() * scale[:, None] * weight_scale.double()[chosen]
     rows = torch.zeros_like(want)
     if table is not None:
         rows += reference.rows_of_type(table, types, default).double()
-    bound = 4 * 2**-24 * (want.abs() + rows.abs()) + (want + rows).abs() * 2**-8 + 1e-7
-    assert bool(((got.double() - want - rows).abs() <= bound).all())
+    of_branch, size = (a.double() @ b.double().t() for a, b in (branch, [t.abs() for t in branch]))
+    fp32_steps = 4 * (want.abs() + rows.abs()) + rank * size
+    want = want + rows + of_branch
+    bound = 2**-24 * fp32_steps + want.abs() * 2**-8 + 1e-7
+    assert bool(((got.double() - want).abs() <= bound).all())
     assert int(counter.abs().max()) == 0
 
 

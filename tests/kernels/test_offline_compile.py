@@ -173,7 +173,9 @@ def test_transform_to_e4m3(capability: int, num_features: int, prologue: str) ->
     assert compiled.local_bytes <= (320 if num_features == 18944 else 16)
 
 
-@pytest.mark.parametrize(("typed", "num_slices"), [(True, 1), (False, 1), (True, 3)])
+@pytest.mark.parametrize(
+    ("typed", "num_slices", "rank"), [(True, 1, 0), (False, 1, 0), (True, 3, 0), (True, 1, 72)]
+)
 @pytest.mark.parametrize(
     ("tile", "codes"),
     [
@@ -184,14 +186,18 @@ def test_transform_to_e4m3(capability: int, num_features: int, prologue: str) ->
     ],
     ids=str,
 )
-def test_hopper_linear(tile: TileConfig, codes: torch.dtype, typed: bool, num_slices: int) -> None:
+def test_hopper_linear(
+    tile: TileConfig, codes: torch.dtype, typed: bool, num_slices: int, rank: int
+) -> None:
     is_e4m3 = codes == torch.float8_e4m3fn
     shapes = (
         (tile.block_m, tile.block_k),
         (tile.rows, tile.block_k),
         (tile.block_m, tile.rows),
+        (tile.block_m, tile.block_k // 2),
+        (tile.rows, tile.block_k // 2),
     )
-    kinds = ("fp8e4nv" if is_e4m3 else "i8", "i8", "bf16")
+    kinds = ("fp8e4nv" if is_e4m3 else "i8", "i8", "bf16", "bf16", "bf16")
     tiles = zip(kinds, shapes, layouts(tile, torch.bfloat16, codes), strict=True)
     descriptors = [f"tensordesc<{kind}{list(shape)},{layout!r}>" for kind, shape, layout in tiles]
     constants = {
@@ -207,14 +213,16 @@ def test_hopper_linear(tile: TileConfig, codes: torch.dtype, typed: bool, num_sl
         "SPLIT_K": tile.split_k,
         "GROUP_REGISTERS": registers(tile)["GROUP_REGISTERS"],
         "PROMOTED": is_e4m3,
+        "RANK": rank,
         "num_warps": tile.num_warps,
     }
+    names = ("codes", "weight", "out", "coefficients", "branch")
     parts = {"partial_ptr": "*fp32" if is_e4m3 else "*i32", "counter_ptr": "*i32"}
     tables = {"bias_ptr": "*fp32", "type_ptr": "*i32"}
     compiled = compile_gluon(
         hopper_linear_kernel,
         arguments={
-            **dict(zip(("codes", "weight", "out"), descriptors, strict=True)),
+            **dict(zip(names[: 5 if rank else 3], descriptors, strict=False)),
             "weight_ptr": "*i8",
             **dict.fromkeys(("scale_ptr", "weight_scale_ptr"), "*fp32"),
             **(tables if typed else {}),
@@ -222,12 +230,16 @@ def test_hopper_linear(tile: TileConfig, codes: torch.dtype, typed: bool, num_sl
             **dict.fromkeys(("M", "N", "num_even", "row_bytes"), "i32"),
         },
         constants=constants
+        | ({} if rank else dict.fromkeys(names[3:]))
         | ({} if typed else dict.fromkeys(tables))
         | ({} if tile.split_k > 1 else dict.fromkeys(parts)),
         num_warps=tile.num_warps,
         maxnreg=registers(tile)["maxnreg"],
     )
     instructions = re.findall(r"wgmma\.mma_async[^;]+;", compiled.ptx)
+    of_branch = [i for i in instructions if re.search(BF16_ON_HOPPER, i)]
+    instructions = [i for i in instructions if i not in of_branch]
+    assert bool(of_branch) == bool(rank)
     wanted = (E4M3_INSTRUCTIONS if is_e4m3 else INT8_INSTRUCTIONS)[90]
     assert all(re.search(wanted, instruction) for instruction in instructions)
     assert all(map(_left_in_registers, instructions))
