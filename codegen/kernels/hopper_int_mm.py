@@ -176,14 +176,13 @@ def fetch(ptr, num_bytes):
 
 
 @gluon.jit
-def in_bf16(tile, layout: gl.constexpr):
-    """The memory of a tile of bytes [rows, 2 C] as one of bf16 [rows, C]."""
-    ROWS: gl.constexpr = tile.shape[0]
-    COLUMNS: gl.constexpr = tile.shape[1] // 2
+def for_copy(tile, descriptor):
+    """The memory of a tile of the ring as one that a descriptor's copies go to."""
+    layout: gl.constexpr = descriptor.layout
     if _OLD_NAME:
-        return tile._reinterpret(gl.bfloat16, [ROWS, COLUMNS], layout)
+        return tile._reinterpret(descriptor.dtype, descriptor.block_shape, layout)
     else:
-        return tile.reinterpret(gl.bfloat16, [ROWS, COLUMNS], layout)
+        return tile.reinterpret(descriptor.dtype, descriptor.block_shape, layout)
 
 
 @gluon.jit
@@ -279,9 +278,9 @@ def copy_tiles(
             mbarrier.expect(arrived, (GROUPS * ROWS + BLOCK_M) * BLOCK_K)
             for group in gl.static_range(GROUPS):
                 row = (tile_n * GROUPS + group) * ROWS
-                target = in_bf16(weight_ring.index(GROUPS * stage + group), branch.layout)
+                target = for_copy(weight_ring.index(GROUPS * stage + group), branch)
                 _load(branch, [row, column], arrived, target)
-            target = in_bf16(codes_ring.index(2 * stage), coefficients.layout)
+            target = for_copy(codes_ring.index(2 * stage), coefficients)
             _load(coefficients, [tile_m * BLOCK_M, column], arrived, target)
             step += 1
 
@@ -387,8 +386,8 @@ def plus_branch(
     for _column in gl.static_range(0, RANK, BLOCK_K // 2):
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-        columns = in_bf16(weight_ring.index(GROUPS * stage + GROUP), branch.layout)
-        of_tokens = in_bf16(codes_ring.index(2 * stage), coefficients.layout)
+        columns = for_copy(weight_ring.index(GROUPS * stage + GROUP), branch)
+        of_tokens = for_copy(codes_ring.index(2 * stage), coefficients)
         y = warpgroup_mma(columns, of_tokens.permute((1, 0)), y, is_async=True)
         y = warpgroup_mma_wait(num_outstanding=0, deps=(y,))
         mbarrier.arrive(empty.index(stage))

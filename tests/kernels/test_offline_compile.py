@@ -245,7 +245,7 @@ def test_hopper_linear(
     assert all(map(_left_in_registers, instructions))
     assert "cp.async.bulk.tensor" in compiled.ptx
     # Outside of the loop: addresses, and outputs of the largest tile.
-    assert compiled.local_bytes <= 176
+    assert compiled.local_bytes <= (256 if rank else 176)
     assert compiled.registers * 128 * (tile.groups + 1) * tile.programs <= 65536
     assert (compiled.shared_bytes + 1024) * tile.programs <= 228 * 1024
 
