@@ -280,6 +280,31 @@ def hopper_transform_tile(d1: int, d2: int, prologue: str = "none") -> HopperTra
     return HopperTransformTile(rows, columns, rows_in, rows // 16, registers, programs)
 
 
+@dataclass(frozen=True)
+class BranchTile:
+    """A step of the kernel that splits off a branch: tokens [block_m, block_k] and columns [block_k, block_r] in bf16,
+    ``num_stages`` of them in shared memory."""
+
+    block_m: int
+    block_k: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+
+
+@functools.cache
+def branch_tile(num_codes: int, rank: int) -> BranchTile | None:
+    """The tile of a branch of some columns, or None where there is no kernel for it: chunks are whole, and the copy engine
+    wants rows at multiples of 16 bytes."""
+    block_m, block_k, block_r = 64, 128 if num_codes % 256 else 256, _padded(rank)
+    if num_codes % block_k or num_codes > LARGEST_NUM_CODES or rank % 8 or not 8 <= rank <= 128:
+        return None
+    # 32 KB for the exchange between threads, and for the copies' barriers.
+    stage_bytes = 2 * block_k * (block_m + block_r)
+    num_stages = min(8, (_SHARED_BYTES[90] - 32768) // stage_bytes)
+    return BranchTile(block_m, block_k, block_r, 8, num_stages)
+
+
 def _in_pieces(size: int) -> tuple[int, int]:
     """One power of two, or two where one would be padding for a quarter or more."""
     whole = _padded(size)

@@ -1,4 +1,5 @@
-"""``transform_quantize`` for Hopper, written for its warp groups (Gluon): codes of 4 bits or e4m3, one slice.
+"""``transform_quantize`` for Hopper, written for its warp groups (Gluon): codes of 4 bits or e4m3, one slice. For
+``branch_quantize`` it leaves Z in bf16 instead of codes.
 
 A program works on one token at a time; several programs on a multiprocessor wait for each other's loads, which is why
 registers are few: ``HopperTransformTile.registers``. ``Z = (L^T X) R``: both factors stay in shared memory for all
@@ -244,8 +245,10 @@ def store_codes(
     QMAX: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """Codes of the even or of the odd columns of a piece of Z, from pair FIRST of each row on."""
-    if QMAX == 448:
+    """Codes of the even or of the odd columns of a piece of Z, from pair FIRST of each row on; for QMAX 0 itself."""
+    if QMAX == 0:
+        codes = z.to(gl.bfloat16)
+    elif QMAX == 448:
         codes = to_e4m3(z, 1 / per_code)
     else:
         gl.static_assert(QMAX == 7)
@@ -399,7 +402,7 @@ def hopper_transform_quantize_kernel(
     left_ptr,  # [D1, D1] fp32
     right_ptr,  # [D2, D2] fp32
     clip_ptr,  # [P] fp32
-    codes_ptr,  # [M, K] int8 or the bytes of e4m3, engine order
+    codes_ptr,  # [M, K] int8 or the bytes of e4m3, or Z in bf16; engine order
     scale_ptr,  # [M] fp32
     M,
     x_stride,
@@ -557,11 +560,14 @@ def hopper_transform_quantize_kernel(
         # Grid of the token, and its codes: even columns of all rows, then the odd ones. A NaN or an infinity in x is in
         # all of Z.
         even_a, odd_a = even_and_odd(z_a)
-        largest = largest_of(even_a, odd_a)
         if COLUMNS_B > 0:
             even_b, odd_b = even_and_odd(z_b)
-            largest = larger(largest, largest_of(even_b, odd_b))
-        per_code = larger(largest * clip / QMAX, SMALLEST)
+        per_code = 1.0
+        if QMAX > 0:
+            largest = largest_of(even_a, odd_a)
+            if COLUMNS_B > 0:
+                largest = larger(largest, largest_of(even_b, odd_b))
+            per_code = larger(largest * clip / QMAX, SMALLEST)
         gl.store(scale_ptr + token, per_code)
         target = codes_ptr + token * K
         store_codes(target, even_a, per_code, 0, D1, D2, QMAX, num_warps)
@@ -590,10 +596,11 @@ def hopper_transform_quantize(
 
     Shapes are those that ``tiles.hopper_transform_tile`` has a tile for.
 
-    Returns codes [M, K] int8 (e4m3 for 448) in engine order and scale [M, 1] fp32.
+    Returns codes [M, K] int8 (e4m3 for 448; for 0 the values themselves in bf16) in engine order and scale [M, 1] fp32.
     """
     (num_tokens, num_features), d1, d2 = x.shape, left.shape[0], right.shape[-1]
-    codes = torch.empty(num_tokens, num_features, dtype=torch.int8, device=x.device)
+    dtype = torch.int8 if qmax else torch.bfloat16
+    codes = torch.empty(num_tokens, num_features, dtype=dtype, device=x.device)
     scale = torch.empty(num_tokens, 1, dtype=torch.float32, device=x.device)
     result = codes.view(torch.float8_e4m3fn) if qmax == 448 else codes, scale
     if num_tokens == 0:

@@ -427,6 +427,11 @@ class _Language:
     zeros = staticmethod(
         lambda shape, dtype, layout=None: Value(torch.zeros(*shape, dtype=_TO_TORCH[dtype]))
     )
+    full = staticmethod(
+        lambda shape, value, dtype, layout=None: Value(
+            torch.full([int(n) for n in shape], float(value), dtype=_TO_TORCH[dtype])
+        )
+    )
     cdiv = staticmethod(lambda a, b: (a + (b - 1)) // b)
     minimum = staticmethod(lambda a, b: Value(torch.minimum(*_promoted(a, b))))
     maximum = staticmethod(lambda a, b: Value(torch.maximum(*_promoted(a, b))))
