@@ -16,6 +16,8 @@ _ACCUMULATORS_PER_THREAD = 128
 
 # The accumulator of the int8 engine holds 16 * codes . codes_W in int32.
 LARGEST_NUM_CODES = (2**31 - 1) // (16 * 7 * 127)
+# Columns of a branch, of all types together, that kernels multiply.
+LARGEST_RANK = 128
 
 
 @dataclass(frozen=True)
@@ -294,10 +296,9 @@ class BranchTile:
 
 @functools.cache
 def branch_tile(num_codes: int, rank: int) -> BranchTile | None:
-    """The tile of a branch of some columns, or None where there is no kernel for it: chunks are whole, and the copy engine
-    wants rows at multiples of 16 bytes."""
+    """The tile of a branch of some columns, or None where there is no kernel for it: chunks are whole."""
     block_m, block_k, block_r = 64, 128 if num_codes % 256 else 256, _padded(rank)
-    if num_codes % block_k or num_codes > LARGEST_NUM_CODES or rank % 8 or not 8 <= rank <= 128:
+    if num_codes % block_k or num_codes > LARGEST_NUM_CODES or rank > LARGEST_RANK:
         return None
     # 32 KB for the exchange between threads, and for the copies' barriers.
     stage_bytes = 2 * block_k * (block_m + block_r)

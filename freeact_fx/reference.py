@@ -166,12 +166,20 @@ def transform(
     if lowrank is None:
         return z, None
     columns = branch_columns(lowrank)
-    coefficients = z @ columns
-    if own_rank:
-        owner = torch.arange(lowrank.shape[1], device=x.device) // own_rank
-        mine = owner == (default_type if token_type is None else token_type.unsqueeze(-1))
-        coefficients = torch.where(mine, coefficients, 0.0)
+    coefficients = branch_coefficients(z, columns, token_type, default_type, own_rank)
     return z - coefficients @ columns.t(), coefficients
+
+
+def branch_coefficients(
+    z: Tensor, columns: Tensor, token_type: Tensor | None, default_type: int, own_rank: int
+) -> Tensor:
+    """``z U`` [..., R] of tokens [..., K'], zeros where a column is another type's; the rest as in ``transform``."""
+    coefficients = z @ columns
+    if not own_rank:
+        return coefficients
+    owner = torch.arange(columns.shape[1], device=z.device) // own_rank
+    mine = owner == (default_type if token_type is None else token_type.unsqueeze(-1))
+    return torch.where(mine, coefficients, 0.0)
 
 
 def quantize_tokens(z: Tensor, clip: Tensor, qmax: int) -> tuple[Tensor, Tensor]:

@@ -106,10 +106,14 @@ def hopper_branch_quantize_kernel(
     NUM_CHUNKS: gl.constexpr = K // BLOCK_K
     # Both warp groups have all tokens, and half of the columns of a product.
     of_coefficients: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, num_warps // 4], instr_shape=[16, 4 * BLOCK_R // num_warps, 16]
+        version=[3, 0],
+        warps_per_cta=[4, num_warps // 4],
+        instr_shape=[16, 4 * BLOCK_R // num_warps, 16],
     )
     of_chunk: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, num_warps // 4], instr_shape=[16, 4 * BLOCK_K // num_warps, 16]
+        version=[3, 0],
+        warps_per_cta=[4, num_warps // 4],
+        instr_shape=[16, 4 * BLOCK_K // num_warps, 16],
     )
     left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=of_chunk, k_width=2)
     allow_next_kernel()
@@ -226,9 +230,7 @@ def hopper_branch_quantize(
     tile = branch_tile(num_features, rank)
     assert tile is not None
     of_z, of_columns = layouts(tile)
-    launch = _launch_of(
-        tile, num_features, rank, own_rank, clip.shape[0], default_type, qmax
-    )
+    launch = _launch_of(tile, num_features, rank, own_rank, clip.shape[0], default_type, qmax)
     launch(
         z.device,
         -(-num_tokens // tile.block_m),

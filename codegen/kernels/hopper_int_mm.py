@@ -524,12 +524,11 @@ def multiply_tiles(
             out_tiles.index(GROUP).store(y.to(out.dtype).permute((1, 0)))
             fence_async_shared()
             _store(out, [first_m, first_n], out_tiles.index(GROUP))
-        if SPLIT_K > 1 and RANK > 0:
-            if not is_whole:
-                for ahead in gl.static_range(BRANCH_STEPS):
-                    stage = (step + ahead) % STAGES
-                    mbarrier.wait(full.index(stage), ((step + ahead) // STAGES) & 1)
-                    mbarrier.arrive(empty.index(stage))
+        elif RANK > 0:
+            for ahead in gl.static_range(BRANCH_STEPS):
+                unread = (step + ahead) % STAGES
+                mbarrier.wait(full.index(unread), ((step + ahead) // STAGES) & 1)
+                mbarrier.arrive(empty.index(unread))
         step += BRANCH_STEPS
     tma.store_wait(0)
 
