@@ -18,14 +18,19 @@ from prologue_bound import exact_row
 from random_prologues import random_prologue
 from random_transforms import random_transform
 from torch import Tensor
-from transform_bound import codes_of
+from transform_bound import BF16_ROUNDING, codes_of, values_of
 
 from freeact_fx import reference
+from freeact_fx.codegen import engine_ops
 from freeact_fx.codegen.engine_ops import to_engine_order, to_plain_order
-from freeact_fx.codegen.kernels import hopper_int_mm, hopper_transform_quantize
+from freeact_fx.codegen.kernels import (
+    hopper_branch_quantize,
+    hopper_int_mm,
+    hopper_transform_quantize,
+)
 from freeact_fx.codegen.prologue import NO_PROLOGUE
 from freeact_fx.codegen.tiles import TileConfig, hopper_tiles
-from freeact_fx.reference import pack_int4
+from freeact_fx.reference import branch_codes, pack_int4
 
 E4M3 = torch.float8_e4m3fn
 counter = torch.zeros(4096, dtype=torch.int32)
@@ -34,14 +39,15 @@ counter = torch.zeros(4096, dtype=torch.int32)
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A chip of three multiprocessors."""
-    for module in (hopper_int_mm, hopper_transform_quantize):
+    modules: Any = (hopper_int_mm, hopper_transform_quantize, hopper_branch_quantize)
+    for module in modules:
         monkeypatch.setattr(module, "Launch", InterpretedLaunch)
         module._launch_of.cache_clear()
     monkeypatch.setattr(hopper_int_mm, "_num_multiprocessors", lambda device: 3)
     monkeypatch.setattr(hopper_int_mm, "counters", lambda device, number: counter)
     monkeypatch.setattr(hopper_transform_quantize, "_num_programs", lambda device, tile: 3)
     yield
-    for module in (hopper_int_mm, hopper_transform_quantize):
+    for module in modules:
         module._launch_of.cache_clear()
 
 
@@ -116,6 +122,66 @@ def check(x: Tensor, prologue: Any, t: Any, types: Tensor, qmax: int) -> None:
         2, qmax, prologue,
     )  # fmt: skip
     bounds.check(to_plain_order(codes), scale)
+
+
+@pytest.mark.parametrize("num_features", [4096, 12288])
+def test_transform_without_rounding(num_features: int) -> None:
+    x = torch.randn(5, num_features).bfloat16()
+    prologue, t = random_prologue("rms", x), random_transform("shift", num_features, 2, seed=1)
+    types = torch.randint(-1, 3, (5,))
+    row, x_error = exact_row(x, prologue)
+    exact, error = values_of(t, row, types, 2, x_error, in_bf16=True)
+    values, ones = hopper_transform_quantize.hopper_transform_quantize(
+        x, types, t.shift, t.channel_scale, t.left, t.right, t.clip, t.widths, t.slice_of_type,
+        2, 0, prologue,
+    )  # fmt: skip
+    error += BF16_ROUNDING * (exact.abs() + error)
+    assert bool(((to_plain_order(values).double() - exact).abs() <= error).all())
+    assert bool((ones == 1).all())
+
+
+@pytest.mark.parametrize("order", ["untyped", "mixed"])
+@pytest.mark.parametrize(
+    ("num_features", "rank", "own_rank", "qmax"),
+    [
+        (4096, 64, 0, 7),
+        (4096, 72, 24, 448),
+        (3584, 128, 32, 7),
+        (640, 8, 4, 7),  # smaller chunks, the last places not filled in turn
+        (256, 16, 0, 7),  # one chunk
+    ],
+)
+def test_branch(num_features: int, rank: int, own_rank: int, qmax: int, order: str) -> None:
+    """The reference that rounds in the same places sums in another order: of the codes a few may be others."""
+    z = (torch.randn(70, num_features) * (1 + torch.arange(70).unsqueeze(1))).bfloat16()
+    columns = torch.linalg.qr(torch.randn(num_features, rank))[0]
+    num_rows = 3 if own_rank == 0 else rank // own_rank + 1
+    operands = (
+        z,
+        branch_codes(columns).bfloat16().contiguous(),
+        torch.randint(-1, num_rows, (70,)) if order == "mixed" else None,
+        0.5 + 0.5 * torch.rand(num_rows),
+        1,
+        own_rank,
+        qmax,
+    )
+    codes, scale, coefficients = hopper_branch_quantize.hopper_branch_quantize(*operands)
+    want_codes, want_scale, want_coefficients = engine_ops.engine_branch_quantize(*operands)
+    difference = (codes.float() - want_codes.float()).abs()
+    assert float((difference > 0).float().mean()) < 2e-4
+    assert float(difference.max()) <= (1 if qmax == 7 else 32)
+    assert torch.allclose(scale, want_scale, rtol=1e-3)
+    assert torch.allclose(coefficients, want_coefficients, rtol=2**-6, atol=1e-3)
+
+
+def test_what_is_not_finite_in_a_branch_poisons_its_own_token() -> None:
+    z = torch.randn(4, 4096).bfloat16()
+    z[1], z[2] = torch.nan, torch.inf
+    columns = branch_codes(torch.linalg.qr(torch.randn(4096, 8))[0]).bfloat16().contiguous()
+    _, scale, _ = hopper_branch_quantize.hopper_branch_quantize(
+        z, columns, None, torch.ones(1), 0, 0, 7
+    )
+    assert scale.isfinite().flatten().tolist() == [True, False, False, True]
 
 
 def test_what_is_not_finite_poisons_its_own_token() -> None:
