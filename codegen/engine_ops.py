@@ -222,7 +222,8 @@ def engine_branch_quantize(
         codes, scale, coefficients = hopper_branch_quantize(*operands, *static)
     else:
         codes, scale, coefficients = _branch_quantize(flat, columns, types, clip, *static)
-    return codes.view(*lead, -1), scale.view(*lead, 1), coefficients.view(*lead, -1)
+    coefficients = coefficients.view(*lead, columns.shape[1])
+    return codes.view(z.shape), scale.view(*lead, 1), coefficients
 
 
 def _branch_quantize(

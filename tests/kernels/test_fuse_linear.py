@@ -25,7 +25,9 @@ ops = torch.ops.freeact
 WIDTH, NUM_OUTPUTS, NUM_TYPES = 256, 24, 3
 
 
-def linear_of(plan: str, *, has_bias: bool, width: int = WIDTH) -> nn.Module:
+def linear_of(
+    plan: str, *, has_bias: bool, width: int = WIDTH, num_outputs: int = NUM_OUTPUTS
+) -> nn.Module:
     """Types 1 and 2 share a slice, and the last one is that of tokens without a type."""
     t = random_transform(plan, width, NUM_TYPES, seed=0)
     if len(t.widths) > 1:
@@ -35,7 +37,7 @@ def linear_of(plan: str, *, has_bias: bool, width: int = WIDTH) -> nn.Module:
     config = QuantConfig(
         plan=t.plan, token_types=TokenTypes.explicit("one", "two", "three"), sink=None
     )
-    packed = pack_linear(t, torch.randn(NUM_OUTPUTS, width), None, config)
+    packed = pack_linear(t, torch.randn(num_outputs, width), None, config)
     return FreeActLinear(GroupTransformModule(t), packed, config, (0.0, 0.0, 0.0)).eval()
 
 
@@ -109,6 +111,37 @@ def test_branch(
     # Rounded to bf16, tokens have 0.4 % of their codes elsewhere. Codes of these transforms, which are far from
     # orthogonal, are off by as much as the output itself.
     assert torch.linalg.norm((got - want).float()) < 0.2 * torch.linalg.norm(want.float())
+
+
+class Mlp(nn.Module):
+    """A norm, and Linears whose transforms have branches; the second one's shape has a kernel without GELU alone."""
+
+    def __init__(self, curve: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm, self.curve = nn.RMSNorm(4096, dtype=torch.bfloat16), curve
+        self.up = linear_of("branch", has_bias=True, width=4096, num_outputs=8192)
+        self.down = linear_of("own branch", has_bias=True, width=8192)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.curve(self.up(self.norm(x))))
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize(
+    ("curve", "folded"), [(nn.functional.silu, 1), (nn.functional.gelu, 0)], ids=["silu", "gelu"]
+)
+def test_branch_behind_a_norm_or_an_activation(
+    curve: Callable[[Tensor], Tensor], folded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Mlp(curve).eval()
+    x, types = torch.randn(1, 6, 4096).bfloat16(), torch.randint(0, NUM_TYPES, (1, 6))
+    _, names = compiled(model, x, types, monkeypatch)
+    assert names["freeact.engine_norm_transform_quantize.default"] == 1
+    assert names["freeact.engine_gated_transform_quantize.default"] == folded
+    assert names["freeact.engine_transform_quantize.default"] == 1 - folded
+    assert names["freeact.engine_branch_quantize.default"] == 2
+    assert names["freeact.engine_linear.default"] == 2
+    assert names["freeact.engine_branch_product.default"] == 0
 
 
 @pytest.mark.inductor
