@@ -66,11 +66,12 @@ def _commit() -> str:
         return "unknown"
 
 
-def append_result(path: Path, **fields: Any) -> None:
-    """Add one JSON line with the environment to `path`."""
+def append_result(path: Path, *, commit: str | None = None, **fields: Any) -> None:
+    """Add one JSON line with the environment to `path`; `commit` if git does not know that of this copy."""
+    facts = environment() | ({"commit": commit} if commit else {})
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.write(json.dumps({**fields, **environment()}) + "\n")
+        file.write(json.dumps({**fields, **facts}) + "\n")
 
 
 def peak_memory_bytes() -> int:

@@ -21,29 +21,50 @@ def pad_columns(table: Node) -> Node:
     return add_call(table.graph, aten.constant_pad_nd.default, table, [0, padding], 0.0)
 
 
-def in_fp32(coefficients: Node, rank: int) -> Node:
-    """The coefficients [..., R] of who does not multiply them in a kernel."""
+def in_fp32(coefficients: Node, scale: Node, rank: int) -> Node:
+    """The coefficients [..., R] in bf16, in units of the scale, for who does not multiply them in a kernel."""
     graph = coefficients.graph
     wide = add_call(graph, prims.convert_element_type.default, coefficients, torch.float32)
-    if coefficients.meta["val"].shape[-1] == rank:
-        return wide
     with graph.inserting_after(wide):
-        return add_call(graph, aten.slice.Tensor, wide, -1, 0, rank)
+        plain = add_call(graph, aten.mul.Tensor, wide, scale)
+    if coefficients.meta["val"].shape[-1] == rank:
+        return plain
+    with graph.inserting_after(plain):
+        return add_call(graph, aten.slice.Tensor, plain, -1, 0, rank)
 
 
-def operands_of_branch(coefficients: Any, weight: Any, scale: Any) -> tuple[Node, Node]:
-    """Coefficients [..., R], and the branch's weight [R, N] scaled and transposed, in bf16.
+def operands_of_branch(
+    coefficients: Any,
+    weight: Node,
+    branch_scale: Node,
+    scale: Node,
+    weight_scale: Node,
+    one: float,
+) -> tuple[Node, Node]:
+    """The last two operands of an ``engine_linear``, of a branch's coefficients [..., R], weight [R, N] and scale [R].
 
-    Why the weight and not the coefficients is scaled: these are the same for all Linears of a group.
+    one  of ``ONE_IN_SUMS``
     """
-    graph, convert = coefficients.graph, prims.convert_element_type.default
-    source = coefficients.args[0] if coefficients.target is aten.slice.Tensor else coefficients
-    if source.target is convert and source.args[0].meta["val"].dtype == torch.bfloat16:
-        source = source.args[0]  # before ``in_fp32``
-    else:
-        source = pad_columns(add_call(graph, convert, coefficients, torch.bfloat16))
+    graph, convert = weight.graph, prims.convert_element_type.default
+    source = _in_units_of(scale, coefficients)
+    if source is None:
+        divided = add_call(graph, aten.div.Tensor, coefficients, scale)
+        source = pad_columns(add_call(graph, convert, divided, torch.bfloat16))
+    of_columns = add_call(graph, aten.mul.Tensor, branch_scale, one)
+    of_outputs = add_call(graph, aten.permute.default, weight_scale, [1, 0])
     transposed = add_call(graph, aten.permute.default, weight, [1, 0])
-    scaled = add_call(graph, aten.mul.Tensor, transposed, scale)
-    rounded = pad_columns(add_call(graph, convert, scaled, torch.bfloat16))
+    scaled = add_call(graph, aten.mul.Tensor, transposed, of_columns)
+    divided = add_call(graph, aten.div.Tensor, scaled, of_outputs)
+    rounded = pad_columns(add_call(graph, convert, divided, torch.bfloat16))
     contiguous = {"memory_format": torch.contiguous_format}
     return source, add_call(graph, aten.clone.default, rounded, **contiguous)
+
+
+def _in_units_of(scale: Node, coefficients: Any) -> Node | None:
+    """What ``in_fp32`` made coefficients of, if it did."""
+    plain = coefficients.args[0] if coefficients.target is aten.slice.Tensor else coefficients
+    if plain.target is not aten.mul.Tensor or not isinstance(plain.args[1], Node):
+        return None
+    wide, by = plain.args
+    is_ours = by.args == scale.args and wide.target is prims.convert_element_type.default
+    return wide.args[0] if is_ours and wide.args[0].meta["val"].dtype == torch.bfloat16 else None

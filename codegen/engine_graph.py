@@ -130,13 +130,14 @@ def _swap_branch(transform: Node) -> bool:
     rounded = (z, columns, types, clip, default_type, own_rank, qmax)
     with graph.inserting_before(transform):
         quantized = add_call(graph, freeact.engine_branch_quantize.default, *rounded)
+        scale = add_call(graph, operator.getitem, quantized, 1)
     for result in list(transform.users):
         result.replace_input_with(transform, quantized)
         if result.args[1] == 2:
             readers = list(result.users)
             result.meta["val"] = quantized.meta["val"][2]
             with graph.inserting_after(result):
-                wide = in_fp32(result, lowrank.meta["val"].shape[1])
+                wide = in_fp32(result, scale, lowrank.meta["val"].shape[1])
             for reader in readers:
                 reader.replace_input_with(result, wide)
     graph.erase_node(transform)

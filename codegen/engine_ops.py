@@ -40,6 +40,8 @@ from .tiles import (
 )
 
 E4M3 = torch.float8_e4m3fn
+# What the product of two codes that are 1 adds to the sums of ``engine_linear``'s kernel, by the dtype of its codes.
+ONE_IN_SUMS = {torch.int8: 16.0, E4M3: 2.0**-9}
 _Op = TypeVar("_Op", bound=Callable[..., object])
 
 
@@ -210,7 +212,8 @@ def engine_branch_quantize(
     columns   [K', R] bf16: the codes of the branch, rows in engine order; for the kernel R is a multiple of eight
     own_rank  as there
 
-    Returns codes [..., K'] int8 or e4m3 in engine order, scale [..., 1] fp32 and coefficients [..., R] bf16.
+    Returns codes [..., K'] int8 or e4m3 in engine order, scale [..., 1] fp32 and coefficients [..., R] bf16, divided by
+    the scale.
     """
     flat, lead = z.reshape(-1, z.shape[-1]), z.shape[:-1]
     types = None if token_type is None else token_type.reshape(-1)
@@ -238,11 +241,10 @@ def _branch_quantize(
     """The reference with z and the coefficients rounded to bf16."""
     z, columns = z.float(), columns.float() * reference.column_step(columns.shape[0])
     exact = reference.branch_coefficients(z, columns, types, default_type, own_rank)
-    coefficients = exact.bfloat16()
-    rest = z - coefficients.float() @ columns.t()
+    rest = z - exact.bfloat16().float() @ columns.t()
     clip_of_token = reference.rows_of_type(clip, types, default_type).unsqueeze(-1)
     codes, scale = reference.quantize_tokens(rest, clip_of_token, qmax)
-    return codes, scale, coefficients
+    return codes, scale, (exact / scale).bfloat16()
 
 
 @engine_fake(engine_branch_quantize)
@@ -319,7 +321,8 @@ def engine_linear(
     bias_table    [P, N] fp32, or None
     token_type    [...] integers, or None: all tokens are ``default_type``
     slice_sizes   columns of each slice, even numbers; their sum is K'
-    coefficients  [..., R] bf16 with branch_weight [N, R] bf16, which is scaled and transposed; or None
+    coefficients  [..., R] bf16, divided by ``scale``, with branch_weight [N, R] bf16, divided by ``weight_scale`` and
+                  times ``ONE_IN_SUMS``, for plans of one slice; or None. Their product is added to the kernel's sums
 
     Returns [..., N] of ``dtype``. The kernel is for shapes that ``takes_linear`` and Hopper.
     """
@@ -343,16 +346,18 @@ def engine_linear(
             branch_weight=None if branch_weight is None else branch_weight.contiguous(),
         )
         return out.view(*codes.shape[:-1], weight.shape[0])
-    branch: tuple[Tensor | None, ...] = (None, None, None)
+    product = engine_int_mm(codes, weight)
     if coefficients is not None and branch_weight is not None:
-        ones = torch.ones(branch_weight.shape[1], device=branch_weight.device)
-        branch = (coefficients.float(), branch_weight.t().float(), ones)
+        of_branch = coefficients.float() @ branch_weight.float().t()
+        product = product + of_branch / ONE_IN_SUMS[codes.dtype]
     return reference.epilogue(
-        engine_int_mm(codes, weight),
+        product,
         scale,
         weight_scale,
         bias_table,
-        *branch,
+        None,
+        None,
+        None,
         token_type,
         slice_of_type,
         default_type,

@@ -19,7 +19,8 @@ import torch
 from torch.fx import Graph, Node
 
 from .branch_nodes import operands_of_branch
-from .engine_ops import takes_linear
+from .engine_ops import ONE_IN_SUMS, takes_linear
+from .tiles import MOST_TYPES
 
 aten, freeact = torch.ops.aten, torch.ops.freeact
 
@@ -47,12 +48,17 @@ def fuse_linear(graph: Graph, product: Node, output: Node) -> bool:
     bias = _row_of(addends[0]) if addends else _Row(None, None, 0)
     if not is_chain or weight_scale is None or bias is None:
         return False
+    if branch is not None and weight_scale.table.meta["val"].shape[0] > 1:
+        return False
     types = _types_of(codes, weight_scale, bias)
-    if types is None:
+    if types is None or len(types[2]) > MOST_TYPES:
         return False
     scales = (steps[0].args[1], weight, weight_scale.table)
     with graph.inserting_before(output):
-        in_bf16 = () if branch is None else operands_of_branch(*branch.args)
+        in_bf16 = ()
+        if branch is not None:
+            one = ONE_IN_SUMS[codes.meta["val"].dtype]
+            in_bf16 = operands_of_branch(*branch.args, scales[0], scales[2], one)
         args = (codes, *scales, bias.table, *types, dtype, *in_bf16)
         fused = graph.call_function(freeact.engine_linear.default, args)
     fused.meta["val"] = output.meta["val"]

@@ -126,8 +126,10 @@ _HOPPER_TILES = (
     (TileConfig(128, 128, 64, num_stages=6, group_m=16), 0.87),
     (TileConfig(64, 128, 128, num_stages=5, group_m=16), 0.75),
     (TileConfig(64, 128, 128, num_stages=3, group_m=16, programs=2), 0.75),
+    (TileConfig(32, 128, 128, num_stages=3, group_m=16), 0.45),
     (TileConfig(16, 128, 128, num_stages=6, group_m=16), 0.25),
     (TileConfig(16, 128, 128, num_stages=5, group_m=16, programs=2), 0.25),
+    (TileConfig(16, 128, 128, num_stages=3, group_m=16), 0.25),
 )
 _SPLITS = (1, 2, 4, 8)
 # Microseconds on an H100: a tile of 128 x 256 over 4096 codes; what a program spends besides on a part of a tile, and
@@ -197,6 +199,10 @@ def predicted_us(
     reading = num_outputs * num_codes / 2 * _WEIGHT_BYTE_US * (1 + tile.block_m / 1024)
     summing = rounds * (_PART_US + 4 * size * _SUM_BYTE_US) if tile.split_k > 1 else 0.0
     return max(rounds * each, reading) + summing
+
+
+# Of the same kernel, which keeps the rows of the bias table of all types in registers.
+MOST_TYPES = 16
 
 
 def fits_hopper(num_codes: int, num_outputs: int, output_bytes: int) -> bool:

@@ -17,7 +17,7 @@ from .tiles import PROMOTED, TileConfig, hopper_tiles, predicted_us
 from .tuning import Problem, gpu_name, problem_of, tune
 
 # Of the tiles whose time is predicted to be shortest; the prediction is seldom off by more than a half.
-_NUM_MEASURED = 8
+_NUM_MEASURED = 12
 _NUM_REPLAYS = 11
 
 

@@ -58,6 +58,11 @@ def known_tile(problem: Problem, gpu: str) -> TileConfig | None:
     return _tiles_of(gpu).get(problem)
 
 
+def num_known(gpu: str) -> int:
+    """How many problems have a measured tile on a GPU of that name."""
+    return len(_tiles_of(gpu))
+
+
 def tune(
     problem: Problem,
     gpu: str,

@@ -72,6 +72,7 @@ class _Both(CustomGraphPass):
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         self._theirs(graph)
+        self._ours(graph)
 
     def uuid(self) -> Any:
         theirs = self._theirs.uuid()

@@ -253,6 +253,14 @@ def _gpu() -> Iterator[Check]:
                 else "in plain PyTorch, correct and slow: fp8 needs compute capability 8.9"
             ),
         )
+        yield Check(
+            "gpu",
+            "cuda graphs",
+            OK,
+            'options={"mode": "reduce-overhead"} keeps one for each shape of inputs it meets: pad tokens to a few '
+            "lengths, or leave the mode out where lengths vary",
+        )
+        yield _tiles()
         return
     yield Check(
         "gpu",
@@ -260,6 +268,26 @@ def _gpu() -> Iterator[Check]:
         LIMIT,
         "none: on this GPU products run in plain PyTorch, correct and slower than dense",
         "The kernels need an NVIDIA GPU of compute capability 8.0 or above, and Triton. Or run on the CPU.",
+    )
+
+
+def _tiles() -> Check:
+    """How the product's tiles are chosen here."""
+    from .codegen import engine_ops, tuning
+
+    device = torch.device("cuda")
+    if not engine_ops.is_hopper(device):
+        return Check("gpu", "tiles", OK, "fixed for this chip by the number of tokens")
+    number = tuning.num_known(tuning.gpu_name(device))
+    if number:
+        state = f"{number} problems measured on this kind of GPU; others get the tile predicted to be fastest"
+        return Check("gpu", "tiles", OK, state)
+    return Check(
+        "gpu",
+        "tiles",
+        LIMIT,
+        "none measured on this kind of GPU: every problem gets the tile predicted to be fastest",
+        'options={"mode": "max-autotune"} measures those of a model once and keeps them.',
     )
 
 

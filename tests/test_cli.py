@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from freeact_fx import doctor as doctor_module
 from freeact_fx.cli.app import app
 from freeact_fx.cli.arguments import parse_settings, parse_token_types
 from freeact_fx.cli.prepare import parse_bytes
+from freeact_fx.codegen import engine_ops, tuning
 from freeact_fx.model_inputs import read_examples, text_batches
 
 ROOT = Path(__file__).parent.parent
@@ -495,6 +497,33 @@ def test_exit_codes_of_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     for code, status in enumerate(("ok", "limit", "failed")):
         monkeypatch.setattr(doctor_module, "diagnose", with_status(status))
         assert "torch: 2.9.1" in freeact("doctor", code=code)
+
+
+@pytest.mark.parametrize(
+    ("hopper", "known", "status", "says"),
+    [
+        (True, 30, "ok", "30 problems measured"),
+        (True, 0, "limit", "max-autotune"),
+        (False, 0, "ok", "fixed"),
+    ],
+)
+def test_doctor_on_a_gpu(
+    hopper: bool, known: int, status: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one that is not there: what it says of CUDA graphs and of measured tiles."""
+    chip = SimpleNamespace(name="A GPU", major=9, minor=0, total_memory=2**36)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: chip)
+    for name in ("has_gpu_kernels", "has_fp8"):
+        monkeypatch.setattr(doctor_module, name, lambda: True)
+    monkeypatch.setattr(engine_ops, "is_hopper", lambda device: hopper)
+    monkeypatch.setattr(tuning, "gpu_name", lambda device: "A GPU")
+    monkeypatch.setattr(tuning, "num_known", lambda gpu: known)
+    found = {check.name: check for check in doctor_module._gpu()}
+    assert "each shape" in found["cuda graphs"].value
+    assert found["tiles"].status == status
+    assert says in f"{found['tiles'].value} {found['tiles'].way_out}"
 
 
 def test_doctor_finds_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import nn
+from torch._inductor import config as inductor_config
 from torch._inductor import decomposition
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import run_and_get_code
 
 import freeact_fx
-from freeact_fx import QuantConfig, TokenTypes, reference
+from freeact_fx import QuantConfig, TokenTypes, compat, reference
 from freeact_fx.codegen import lowering
 
 
@@ -82,3 +84,29 @@ def test_branch_product_in_bf16_where_that_is_native(
             assert 0 < error < 2**-8
         else:
             assert torch.equal(got, want)
+
+
+class UsersPass(CustomGraphPass):
+    def __init__(self, calls: list[str]) -> None:
+        self._calls = calls
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self._calls.append("theirs")
+
+    def uuid(self) -> str:
+        return "theirs"
+
+
+@pytest.mark.inductor
+def test_a_users_own_pass_and_ours_both_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(compat, "use_engine_ops", lambda graph, tune: calls.append("ours"))
+    model = GatedMLP().eval()
+    with (
+        torch.no_grad(),
+        inductor_config.patch(
+            {"post_grad_custom_pre_pass": UsersPass(calls), "fx_graph_cache": False}
+        ),
+    ):
+        torch.compile(model, backend="freeact")(torch.randn(2, 8, 64))
+    assert calls == ["theirs", "ours"]

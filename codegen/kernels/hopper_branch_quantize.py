@@ -9,7 +9,7 @@ STAGES``, which is the phase of its barrier.
 
 U is int8 codes of one constant step (``reference.branch_codes``), which bf16 holds exactly. z is rounded to bf16, and
 so is c before it is multiplied, as ``branch_product`` will: 2^-9 of the token or of its part in the branch, not of
-what is left.
+what is left. c leaves in units of the token's scale, as the Linear's sums are (``engine_ops.engine_linear``).
 
 Letters: M tokens, K features in engine order, P token types, R columns of the branch.
 """
@@ -88,7 +88,7 @@ def hopper_branch_quantize_kernel(
     clip_ptr,  # [P] fp32
     codes_ptr,  # [M, K] int8 or the bytes of e4m3
     scale_ptr,  # [M] fp32
-    coefficients_ptr,  # [M, R] bf16
+    coefficients_ptr,  # [M, R] bf16, in units of the scale
     M,
     K: gl.constexpr,
     R: gl.constexpr,
@@ -137,7 +137,8 @@ def hopper_branch_quantize_kernel(
         c = warpgroup_mma_wait(num_outstanding=0, deps=(c,))
         _barrier()
         copy_chunk(z, columns, z_ring, columns_ring, full, chunk + STAGES, first_m, NUM_CHUNKS)
-    m = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, of_coefficients))
+    tokens_of_c: gl.constexpr = gl.SliceLayout(1, of_coefficients)
+    m = first_m + gl.arange(0, BLOCK_M, tokens_of_c)
     r = gl.arange(0, BLOCK_R, gl.SliceLayout(0, of_coefficients))
     c *= STEP
     if OWN_RANK > 0:
@@ -146,17 +147,14 @@ def hopper_branch_quantize_kernel(
             c = gl.where(owner == DEFAULT_TYPE, c, 0.0)
         else:
             c = gl.where(owner == types_of(type_ptr, m, M, NUM_TYPES)[:, None], c, 0.0)
-    c = c.to(gl.bfloat16)
-    place = m.to(gl.int64)[:, None] * R + r[None, :]
-    gl.store(coefficients_ptr + place, c, (m < M)[:, None] & (r < R)[None, :])
-    c = gl.convert_layout(c, left)
+    multiplied = gl.convert_layout(c.to(gl.bfloat16), left)
     # The grid of each token. A maximum is a number if either of two is; where z is not finite nothing is.
     largest = gl.full((BLOCK_M, BLOCK_K), _NAN, gl.float32, of_chunk)
     for before in range(0, NUM_CHUNKS):
         chunk = NUM_CHUNKS - 1 - before
         stage = chunk % STAGES
         mbarrier.wait(full.index(stage), (chunk // STAGES) & 1)
-        rest = residual(z_ring.index(stage), columns_ring.index(stage), c, STEP, of_chunk)
+        rest = residual(z_ring.index(stage), columns_ring.index(stage), multiplied, STEP, of_chunk)
         _barrier()
         copy_chunk(z, columns, z_ring, columns_ring, full, chunk - STAGES, first_m, NUM_CHUNKS)
         largest = larger_magnitude(largest, rest)
@@ -166,6 +164,10 @@ def hopper_branch_quantize_kernel(
         token_type = types_of(type_ptr, m, M, NUM_TYPES)
     per_code = larger(gl.max(largest, 1) * gl.load(clip_ptr + token_type) / QMAX, SMALLEST)
     gl.store(scale_ptr + m, per_code, m < M)
+    c = (c / gl.convert_layout(per_code, tokens_of_c)[:, None]).to(gl.bfloat16)
+    m = first_m + gl.arange(0, BLOCK_M, tokens_of_c)
+    place = coefficients_ptr + m.to(gl.int64)[:, None] * R + r[None, :]
+    gl.store(place, c, (m < M)[:, None] & (r < R)[None, :])
     per_unit = 1 / per_code
     if QMAX == 7:
         per_unit = 1 / (14 * per_code)
@@ -178,7 +180,7 @@ def hopper_branch_quantize_kernel(
     for chunk in range(0, NUM_CHUNKS):
         stage = chunk % STAGES
         mbarrier.wait(full.index(stage), (chunk // STAGES) & 1)
-        rest = residual(z_ring.index(stage), columns_ring.index(stage), c, STEP, of_chunk)
+        rest = residual(z_ring.index(stage), columns_ring.index(stage), multiplied, STEP, of_chunk)
         _barrier()
         copy_chunk(z, columns, z_ring, columns_ring, full, chunk + STAGES, first_m, NUM_CHUNKS)
         if QMAX == 448:
@@ -218,7 +220,7 @@ def hopper_branch_quantize(
     qmax        7 or 448
 
     Shapes are those of ``tiles.branch_tile``. Returns codes [M, K] int8 (e4m3 for 448), scale [M, 1] fp32 and
-    coefficients [M, R] bf16.
+    coefficients [M, R] bf16, in units of the scale.
     """
     (num_tokens, num_features), rank = z.shape, columns.shape[1]
     codes = torch.empty(num_tokens, num_features, dtype=torch.int8, device=z.device)

@@ -10,13 +10,14 @@ has a barrier arrival of its own: with eight warps in one group some arrive befo
 Where there are too few tiles for the chip, K is split among programs. Each leaves its sum in memory and counts itself;
 the last one adds what the others left, and does the epilogue. Weights are on their way before the kernel before is done
 (``stream_order``): into shared memory as many as there is room for; with few tokens, whose time is that of the weights,
-all of a program's first tile into the L2 cache.
+all of a program's tiles into the L2 cache. Tiles of few tokens take less than half of a multiprocessor, so that the
+transform after them and the next Linear's weights need not wait for their end.
 
 e4m3 codes differ in unpacking and in the accumulator. With PROMOTED the sum of a step is added to the rest in fp32, as
 in ``int_mm``; registers hold both, so tiles are smaller. Without, all is left to the tensor core.
 
 A branch is more steps in the same ring, behind those of the codes: its columns in bf16, as many as take the bytes of a
-step, multiplied onto the scaled sums. Where K is split all programs copy them, and the last one multiplies.
+step, multiplied onto the sums in their units. Where K is split all programs copy them, and the last one multiplies.
 
 A token's codes outside of its own slice are zeros, so a tile of tokens takes only the steps from the first to the last
 of the slices that occur in it. Each of the warps finds that out for itself.
@@ -57,6 +58,18 @@ _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 _OLD_NAME = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))
 
 _INSTRUCTION_TOKENS = gl.constexpr(128)  # int8 wgmma is refused at 256
+
+
+@gluon.constexpr_function
+def product_layout(tokens, columns=32):
+    return gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, tokens, columns]
+    )
+
+
+@gluon.constexpr_function
+def each_its_own(number):
+    return tuple(range(number))
 
 
 @gluon.jit
@@ -235,12 +248,16 @@ def copy_tiles(
                     full.index(stage),
                     weight_ring.index(GROUPS * stage + group),
                 )
-        if BLOCK_M <= 64:
+        num_items = num_m * num_n * SPLIT_K
+        if BLOCK_M <= 64 or num_items <= gl.num_programs(0):
             lanes: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-            for group in gl.static_range(GROUPS):
-                rows = (tile_n * GROUPS + group) * ROWS + gl.arange(0, ROWS, lanes)
-                start = gl.minimum(rows, N - 1).to(gl.int64) * row_bytes + first
-                fetch(weight_ptr + start, last - first)
+            for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
+                tile_m, tile_n = tile_of(item // SPLIT_K, num_m, num_n, GROUP_M)
+                first, last = part_of(0, num_even, item % SPLIT_K, BLOCK_K, SPLIT_K)
+                for group in gl.static_range(GROUPS):
+                    rows = (tile_n * GROUPS + group) * ROWS + gl.arange(0, ROWS, lanes)
+                    start = gl.minimum(rows, N - 1).to(gl.int64) * row_bytes + first
+                    fetch(weight_ptr + start, last - first)
     wait_for_previous_kernel()
     step = 0
     for item in range(gl.program_id(0), num_m * num_n * SPLIT_K, gl.num_programs(0)):
@@ -312,61 +329,107 @@ def sum_of_parts(
 
 
 @gluon.jit
-def scaled_for_type(y, number, weight_scale_ptr, bias_ptr, n, N, SLICE_OF_TYPE: gl.constexpr):
-    """What the epilogue makes of tokens of one type: the scale of their slice, their bias."""
-    of_slice = weight_scale_ptr + SLICE_OF_TYPE[number] * N
-    y *= gl.load(of_slice + n, n < N, 0.0)[:, None]
-    if bias_ptr is not None:
-        y += gl.load(bias_ptr + number * N + n, n < N, 0.0)[:, None]
-    return y
+def tile_rows(ptr, NUM_ROWS: gl.constexpr, n, N):
+    """Of each of the rows of a table [NUM_ROWS, N] the part that is for a tile's outputs."""
+    rows = ()
+    for number in gl.static_range(NUM_ROWS):
+        rows = rows + (gl.load(ptr + number * N + n, n < N, 0.0),)  # noqa: RUF005 (Triton unpacks no tuple)
+    return rows
 
 
 @gluon.jit
-def scaled(
-    total,
-    scale_ptr,
+def rows_of_outputs(
     weight_scale_ptr,
     bias_ptr,
-    type_ptr,
-    first_m,
-    first_n,
-    M,
+    n,
     N,
     DEFAULT_TYPE: gl.constexpr,
     SLICE_OF_TYPE: gl.constexpr,
-    SLICE_STARTS: gl.constexpr,
-    layout: gl.constexpr,
+    NUM_SLICES: gl.constexpr,
+    TYPED: gl.constexpr,
 ):
-    """The epilogue, in fp32: the factor of unpacking, the scales of token and output, the bias of the token's type."""
-    PER_UNIT: gl.constexpr = 0.0625 if total.dtype == gl.int32 else 512.0
-    n = first_n + gl.arange(0, total.shape[0], gl.SliceLayout(1, layout))
-    m = first_m + gl.arange(0, total.shape[1], gl.SliceLayout(0, layout))
-    scale = gl.load(scale_ptr + m, m < M, 0.0) * PER_UNIT
-    y = total.to(gl.float32) * scale[None, :]
-    if type_ptr is None or (bias_ptr is None and len(SLICE_STARTS) == 1):
-        y = scaled_for_type(y, DEFAULT_TYPE, weight_scale_ptr, bias_ptr, n, N, SLICE_OF_TYPE)
+    """Scales of a tile's outputs for each slice, and their biases for each type; those of DEFAULT_TYPE alone if not
+    TYPED. No biases if there are none."""
+    biases = ()
+    if TYPED:
+        weight_scales = tile_rows(weight_scale_ptr, NUM_SLICES, n, N)
+        if bias_ptr is not None:
+            biases = tile_rows(bias_ptr, len(SLICE_OF_TYPE), n, N)
     else:
-        # Why not rows that each token's type points to: their addresses would fill the registers.
-        token_type = types_of(type_ptr, m, M, len(SLICE_OF_TYPE))
-        if len(SLICE_STARTS) == 1:
-            y *= gl.load(weight_scale_ptr + n, n < N, 0.0)[:, None]
-            bias = gl.load(bias_ptr + n, n < N, 0.0)[:, None]
-            for number in gl.static_range(1, len(SLICE_OF_TYPE)):
-                of_this = gl.load(bias_ptr + number * N + n, n < N, 0.0)
-                bias = gl.where((token_type == number)[None, :], of_this[:, None], bias)
-            y += bias
-        else:
-            for number in gl.static_range(len(SLICE_OF_TYPE)):
-                for_this = scaled_for_type(
-                    y, number, weight_scale_ptr, bias_ptr, n, N, SLICE_OF_TYPE
-                )
-                y = gl.where((token_type == number)[None, :], for_this, y)
-    return y
+        weight_scales = tile_rows(weight_scale_ptr + SLICE_OF_TYPE[DEFAULT_TYPE] * N, 1, n, N)
+        if bias_ptr is not None:
+            biases = tile_rows(bias_ptr + DEFAULT_TYPE * N, 1, n, N)
+    return weight_scales, biases
+
+
+@gluon.jit
+def row_of_types(rows, token_type, ROW_OF_TYPE: gl.constexpr):
+    """[outputs, tokens]: of the rows the one that each token's type has; if there is only one, [outputs, 1]."""
+    found = rows[0][:, None]
+    if len(rows) > 1:
+        found = rows[ROW_OF_TYPE[0]][:, None]
+        for number in gl.static_range(1, len(ROW_OF_TYPE)):
+            of_this = rows[ROW_OF_TYPE[number]][:, None]
+            found = gl.where((token_type == number)[None, :], of_this, found)
+    return found
+
+
+@gluon.jit
+def halves(tile):
+    """The first and the last of its columns; each thread keeps what it has."""
+    ROWS: gl.constexpr = tile.shape[0]
+    COLUMNS: gl.constexpr = tile.shape[1]
+    return gl.split(gl.permute(gl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@gluon.jit
+def parts_of_tokens(tile):
+    """A tile [outputs, tokens] in parts of 32 tokens, if it has as many."""
+    parts = (tile,)
+    if tile.shape[1] > 32:
+        parts = halves(tile)
+        if tile.shape[1] > 64:
+            first, last = halves(parts[0]), halves(parts[1])
+            parts = (first[0], first[1], last[0], last[1])
+    return parts
+
+
+@gluon.jit
+def write_tile(
+    total,
+    out_tile,
+    scales,
+    types,
+    weight_scales,
+    biases,
+    SLICE_OF_TYPE: gl.constexpr,
+    E4M3: gl.constexpr,
+):
+    """The epilogue, in fp32: the factor of unpacking, the scales of token and output, the bias of the token's type.
+
+    In parts, since scales and types of all tokens would fill the registers.
+    """
+    PER_UNIT: gl.constexpr = 512.0 if E4M3 else 0.0625
+    EACH: gl.constexpr = each_its_own(len(biases))
+    parts = parts_of_tokens(total)
+    TOKENS: gl.constexpr = total.shape[1] // len(parts)
+    layout: gl.constexpr = product_layout(TOKENS)
+    of_tokens: gl.constexpr = gl.SliceLayout(0, layout)
+    for number in gl.static_range(len(parts)):
+        scale = scales.slice(number * TOKENS, TOKENS).load(of_tokens) * PER_UNIT
+        token_type = types.slice(number * TOKENS, TOKENS).load(of_tokens)
+        # The same threads have the same sums.
+        y = gl.convert_layout(parts[number], layout).to(gl.float32) * scale[None, :]
+        y *= row_of_types(weight_scales, token_type, SLICE_OF_TYPE)
+        if len(biases) > 0:
+            y += row_of_types(biases, token_type, EACH)
+        y = y.to(out_tile.dtype).permute((1, 0))
+        out_tile.slice(number * TOKENS, TOKENS).store(y)
 
 
 @gluon.jit
 def plus_branch(
-    y,
+    total,
     coefficients,
     branch,
     codes_ring,
@@ -379,20 +442,20 @@ def plus_branch(
     GROUP: gl.constexpr,
     layout: gl.constexpr,
 ):
-    """The scaled sums of a group's outputs plus those of the branch, whose steps begin with ``step``."""
+    """The sums of a group's outputs, in fp32, plus those of the branch, whose steps begin with ``step``."""
     STAGES: gl.constexpr = weight_ring.shape[0] // GROUPS
     BLOCK_K: gl.constexpr = weight_ring.shape[2]
-    y = gl.convert_layout(y, layout)  # the same threads have the same values
+    total = gl.convert_layout(total.to(gl.float32), layout)  # the same threads have the same sums
     for _column in gl.static_range(0, RANK, BLOCK_K // 2):
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-        columns = for_copy(weight_ring.index(GROUPS * stage + GROUP), branch)
-        of_tokens = for_copy(codes_ring.index(2 * stage), coefficients)
-        y = warpgroup_mma(columns, of_tokens.permute((1, 0)), y, is_async=True)
-        y = warpgroup_mma_wait(num_outstanding=0, deps=(y,))
+        of_outputs = for_copy(weight_ring.index(GROUPS * stage + GROUP), branch)
+        of_tokens = for_copy(codes_ring.index(2 * stage), coefficients).permute((1, 0))
+        total = warpgroup_mma(of_outputs, of_tokens, total, is_async=True)
+        total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
         mbarrier.arrive(empty.index(stage))
         step += 1
-    return y
+    return total
 
 
 @gluon.jit
@@ -409,6 +472,8 @@ def multiply_tiles(
     codes_ring,
     weight_ring,
     out_tiles,
+    scale_tiles,
+    type_tiles,
     full,
     empty,
     M,
@@ -432,15 +497,15 @@ def multiply_tiles(
     BLOCK_K: gl.constexpr = weight_ring.shape[2]
     BLOCK_M: gl.constexpr = codes_ring.shape[1]
     TOKENS: gl.constexpr = BLOCK_M if BLOCK_M < _INSTRUCTION_TOKENS else _INSTRUCTION_TOKENS
-    layout: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 32]
-    )
+    layout: gl.constexpr = product_layout(TOKENS)
     left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout, k_width=4)
-    layout_in_bf16: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 16]
-    )
     E4M3: gl.constexpr = codes_ring.dtype == gl.float8e4nv
     BRANCH_STEPS: gl.constexpr = (2 * RANK + BLOCK_K - 1) // BLOCK_K
+    NUM_SLICES: gl.constexpr = len(SLICE_STARTS)
+    TYPED: gl.constexpr = type_ptr is not None and (bias_ptr is not None or NUM_SLICES > 1)
+    PART: gl.constexpr = BLOCK_M if BLOCK_M < 32 else 32
+    lanes: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    scales, types = scale_tiles.index(GROUP), type_tiles.index(GROUP)
     wait_for_previous_kernel()
     step = 0
     for item in range(gl.program_id(0), num_m * num_n * SPLIT_K, gl.num_programs(0)):
@@ -458,6 +523,17 @@ def multiply_tiles(
             4,
         )
         first, last = part_of(first, last, item % SPLIT_K, BLOCK_K, SPLIT_K)
+        first_m, first_n = tile_m * BLOCK_M, (tile_n * GROUPS + GROUP) * ROWS
+        # What the epilogue needs is on its way during the products.
+        m = first_m + gl.arange(0, BLOCK_M, lanes)
+        scale = gl.load(scale_ptr + m, m < M, 0.0)
+        if TYPED:
+            token_type = types_of(type_ptr, m, M, len(SLICE_OF_TYPE)).to(gl.int8)
+        n = first_n + gl.arange(0, ROWS, gl.SliceLayout(1, product_layout(PART)))
+        if not PROMOTED:
+            weight_scales, biases = rows_of_outputs(
+                weight_scale_ptr, bias_ptr, n, N, DEFAULT_TYPE, SLICE_OF_TYPE, NUM_SLICES, TYPED
+            )
         total = gl.zeros((ROWS, BLOCK_M), gl.float32 if E4M3 else gl.int32, layout)
         for _byte in range(first, last, BLOCK_K):
             stage = step % STAGES
@@ -482,6 +558,10 @@ def multiply_tiles(
                 total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
             mbarrier.arrive(empty.index(stage))
             step += 1
+        if PROMOTED:  # whose registers are full during them
+            weight_scales, biases = rows_of_outputs(
+                weight_scale_ptr, bias_ptr, n, N, DEFAULT_TYPE, SLICE_OF_TYPE, NUM_SLICES, TYPED
+            )
         is_whole = True
         if SPLIT_K > 1:
             of_group = GROUPS * (item // SPLIT_K) + GROUP
@@ -489,25 +569,13 @@ def multiply_tiles(
                 total, partial_ptr, counter_ptr, of_group, item % SPLIT_K, SPLIT_K, layout
             )
         if is_whole:
-            first_m, first_n = tile_m * BLOCK_M, (tile_n * GROUPS + GROUP) * ROWS
-            y = scaled(
-                total,
-                scale_ptr,
-                weight_scale_ptr,
-                bias_ptr,
-                type_ptr,
-                first_m,
-                first_n,
-                M,
-                N,
-                DEFAULT_TYPE,
-                SLICE_OF_TYPE,
-                SLICE_STARTS,
-                layout,
-            )
+            scales.store(scale)
+            if TYPED:
+                types.store(token_type)
+            sums = total
             if RANK > 0:
-                y = plus_branch(
-                    y,
+                sums = plus_branch(
+                    total,
                     coefficients,
                     branch,
                     codes_ring,
@@ -518,10 +586,19 @@ def multiply_tiles(
                     GROUPS,
                     RANK,
                     GROUP,
-                    layout_in_bf16,
+                    product_layout(TOKENS, 16),
                 )
             tma.store_wait(0)
-            out_tiles.index(GROUP).store(y.to(out.dtype).permute((1, 0)))
+            write_tile(
+                sums,
+                out_tiles.index(GROUP),
+                scales,
+                types,
+                weight_scales,
+                biases,
+                SLICE_OF_TYPE,
+                E4M3,
+            )
             fence_async_shared()
             _store(out, [first_m, first_n], out_tiles.index(GROUP))
         elif RANK > 0:
@@ -574,6 +651,9 @@ def hopper_linear_kernel(
         weight.dtype, [GROUPS * STAGES, ROWS, BLOCK_K], weight.layout
     )
     out_tiles = gl.allocate_shared_memory(out.dtype, [GROUPS, BLOCK_M, ROWS], out.layout)
+    by_token: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    scale_tiles = gl.allocate_shared_memory(gl.float32, [GROUPS, BLOCK_M], by_token)
+    type_tiles = gl.allocate_shared_memory(gl.int8, [GROUPS, BLOCK_M], by_token)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -586,15 +666,15 @@ def hopper_linear_kernel(
         gl.warp_specialize([
             (multiply_tiles, (
                 out, coefficients, branch, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
-                partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, full, empty, M, N,
-                num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M,
-                SPLIT_K, PROMOTED, RANK, 0,
+                partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
+                full, empty, M, N, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
+                GROUPS, GROUP_M, SPLIT_K, PROMOTED, RANK, 0,
             )),
             (multiply_tiles, (
                 out, coefficients, branch, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
-                partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, full, empty, M, N,
-                num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M,
-                SPLIT_K, PROMOTED, RANK, 1,
+                partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
+                full, empty, M, N, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
+                GROUPS, GROUP_M, SPLIT_K, PROMOTED, RANK, 1,
             )),
             (copy_tiles, (
                 codes, weight, coefficients, branch, type_ptr, codes_ring, weight_ring, full, empty,
@@ -607,21 +687,21 @@ def hopper_linear_kernel(
         gl.warp_specialize([
             (multiply_tiles, (
                 out, coefficients, branch, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
-                partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, full, empty, M, N,
-                num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M,
-                SPLIT_K, PROMOTED, RANK, 0,
+                partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
+                full, empty, M, N, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
+                GROUPS, GROUP_M, SPLIT_K, PROMOTED, RANK, 0,
             )),
             (multiply_tiles, (
                 out, coefficients, branch, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
-                partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, full, empty, M, N,
-                num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M,
-                SPLIT_K, PROMOTED, RANK, 1,
+                partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
+                full, empty, M, N, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
+                GROUPS, GROUP_M, SPLIT_K, PROMOTED, RANK, 1,
             )),
             (multiply_tiles, (
                 out, coefficients, branch, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
-                partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, full, empty, M, N,
-                num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M,
-                SPLIT_K, PROMOTED, RANK, 2,
+                partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
+                full, empty, M, N, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
+                GROUPS, GROUP_M, SPLIT_K, PROMOTED, RANK, 2,
             )),
             (copy_tiles, (
                 codes, weight, coefficients, branch, type_ptr, codes_ring, weight_ring, full, empty,
@@ -634,9 +714,12 @@ def hopper_linear_kernel(
 
 def registers(tile: TileConfig) -> dict[str, int]:
     """Registers of a thread: of all groups and four warps for copying on average, and in a group but the first."""
-    average, group = {(2, 1): (168, 232), (2, 2): (80, 104), (3, 1): (128, 160)}[
-        tile.groups, tile.programs
-    ]
+    if tile.block_m <= 32:
+        average, group = 64, 80
+    elif tile.block_m <= 64:
+        average, group = 80, 104
+    else:
+        average, group = (168, 232) if tile.groups == 2 else (128, 160)
     return {"maxnreg": average, "GROUP_REGISTERS": group}
 
 
@@ -685,7 +768,7 @@ def hopper_linear(
     tile          None: the fastest that was measured (``tuning``), else ``choose_hopper_tile``; must be legal for the
                   shape, ``tiles.fits_hopper``
     promoted      e4m3: True keeps the products of integers exact; None: ``tiles.PROMOTED``
-    coefficients  [M, R] bf16 with branch_weight [N, R] bf16, both contiguous, or None; ``tiles.fits_hopper_branch``
+    coefficients  [M, R] bf16 with branch_weight [N, R] bf16, both contiguous, in units of ``engine_linear``; or None
 
     Returns [M, N] of ``dtype``.
     """
@@ -704,11 +787,10 @@ def hopper_linear(
         num_tokens, num_outputs, num_codes, num_multiprocessors, promoted=promoted
     )
     of_codes, of_weight, of_out, of_coefficients, of_branch = layouts(tile, dtype, codes.dtype)
-    in_branch: tuple[Any, Any] = (None, None)
-    rank = 0
+    rank, branch = 0, (None, None)
     if coefficients is not None and branch_weight is not None:
         rank, columns = coefficients.shape[1], tile.block_k // 2
-        in_branch = (
+        branch = (
             TensorDescriptor.from_tensor(coefficients, [tile.block_m, columns], of_coefficients),
             TensorDescriptor.from_tensor(branch_weight, [tile.rows, columns], of_branch),
         )
@@ -720,16 +802,15 @@ def hopper_linear(
         partial = torch.empty(size, dtype=partial_dtype(codes.dtype), device=codes.device)
         counter = counters(codes.device, tile.groups * tiles)
     num_programs = min(tiles * tile.split_k, num_multiprocessors * tile.programs)
-    launch = _launch_of(
-        tile, promoted, default_type, tuple(slice_of_type), tuple(slice_sizes), rank
-    )
+    static = (default_type, tuple(slice_of_type), tuple(slice_sizes), rank)
+    launch = _launch_of(tile, promoted, *static)
     launch(
         codes.device,
         num_programs,
         TensorDescriptor.from_tensor(codes, [tile.block_m, tile.block_k], of_codes),
         TensorDescriptor.from_tensor(weight, [tile.rows, tile.block_k], of_weight),
         TensorDescriptor.from_tensor(out, [tile.block_m, tile.rows], of_out),
-        *in_branch,
+        *branch,
         weight,
         scale,
         weight_scale,

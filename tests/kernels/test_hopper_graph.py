@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import freeact_fx  # noqa: F401  (registers the ops)
 from freeact_fx.codegen import engine_graph, engine_ops
 from freeact_fx.codegen.engine_graph import use_engine_ops
+from freeact_fx.codegen.tiles import MOST_TYPES
 from freeact_fx.reference import pack_int4
 
 ops, aten, prims = torch.ops.freeact, torch.ops.aten, torch.ops.prims
@@ -103,6 +104,22 @@ def test_fused_where_the_kernel_has_it_all(
     assert names["linear_output.default"] == (not fused and linear is not in_fp32)
     if fused:
         assert names["mul.Tensor"] == names["add.Tensor"] == 0
+
+
+@pytest.mark.parametrize(("num_types", "fused"), [(MOST_TYPES, 1), (MOST_TYPES + 1, 0)])
+def test_more_types_than_registers_are_for(
+    num_types: int, fused: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name in ((engine_graph, "has_kernels"), (engine_ops, "is_hopper")):
+        monkeypatch.setattr(module, name, lambda device: True)
+    codes = torch.randint(-7, 8, (40, NUM_CODES)).to(torch.int8)
+    weight = pack_int4(torch.randint(-7, 8, (NUM_OUTPUTS, NUM_CODES)).to(torch.int8))
+    rows = torch.rand(1, NUM_OUTPUTS), torch.rand(num_types, NUM_OUTPUTS)
+    types = torch.randint(0, num_types, (40,))
+    gm = make_fx(typed, tracing_mode="fake")(codes, torch.rand(40, 1), weight, *rows, types)
+    use_engine_ops(gm.graph)
+    targets = [n.target for n in gm.graph.nodes]
+    assert targets.count(ops.engine_linear.default) == fused
 
 
 @pytest.mark.parametrize(

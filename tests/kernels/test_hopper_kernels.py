@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 import gluon_interpreter
 import torch
 from gluon_interpreter import InterpretedLaunch, InterpreterError
+from poison import poisoned_empty
 from prologue_bound import exact_row
 from random_prologues import random_prologue
 from random_transforms import random_transform
@@ -22,7 +23,7 @@ from transform_bound import BF16_ROUNDING, codes_of, values_of
 
 from freeact_fx import reference
 from freeact_fx.codegen import engine_ops
-from freeact_fx.codegen.engine_ops import to_engine_order, to_plain_order
+from freeact_fx.codegen.engine_ops import ONE_IN_SUMS, to_engine_order, to_plain_order
 from freeact_fx.codegen.kernels import (
     hopper_branch_quantize,
     hopper_int_mm,
@@ -39,6 +40,7 @@ counter = torch.zeros(4096, dtype=torch.int32)
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A chip of three multiprocessors."""
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
     modules: Any = (hopper_int_mm, hopper_transform_quantize, hopper_branch_quantize)
     for module in modules:
         monkeypatch.setattr(module, "Launch", InterpretedLaunch)
@@ -96,8 +98,11 @@ def test_linear(tile: TileConfig, dtype: torch.dtype, order: str, rank: int) -> 
     rows = torch.zeros_like(want)
     if table is not None:
         rows += reference.rows_of_type(table, types, default).double()
-    of_branch, size = (a.double() @ b.double().t() for a, b in (branch, [t.abs() for t in branch]))
-    fp32_steps = 4 * (want.abs() + rows.abs()) + rank * size
+    factor = scale[:, None].double() * weight_scale.double()[chosen] / ONE_IN_SUMS[dtype]
+    of_branch, size = (
+        a.double() @ b.double().t() * factor for a, b in (branch, [t.abs() for t in branch])
+    )
+    fp32_steps = (4 + rank) * (want.abs() + size) + 4 * rows.abs()
     want = want + rows + of_branch
     bound = 2**-24 * fp32_steps + want.abs() * 2**-8 + 1e-7
     assert bool(((got.double() - want).abs() <= bound).all())

@@ -1,0 +1,32 @@
+"""What the record of the GPU tests is made of."""
+
+from __future__ import annotations
+
+import argparse
+
+from gpu_tests import SANITIZED, command, counts
+
+
+def test_counts_of_pytest_and_the_sanitizer() -> None:
+    output = """
+12 passed to the next stage
+FAILED kernels/test_on_gpu.py::test_a - assert 1 == 2
+= 3 failed, 595 passed, 2 skipped, 10 errors in 94.13s (0:01:34) =
+========= ERROR SUMMARY: 2 errors
+========= ERROR SUMMARY: 0 errors
+"""
+    expected = {"failed": 3, "passed": 595, "skipped": 2, "error": 10, "sanitizer_errors": 2}
+    assert counts(output) == expected
+    race = "5 passed in 1.0s\n========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"
+    assert counts(race) == {"passed": 5, "sanitizer_errors": 1}
+    assert counts("no summary at all") == {}
+
+
+def test_commands() -> None:
+    plain = command(argparse.Namespace(k=None, processes=14, sanitizer=None))
+    assert plain[-2:] == ["-n", "14"]
+    assert "-k" not in plain
+    watched = command(argparse.Namespace(k=None, processes=14, sanitizer="racecheck"))
+    assert watched[:3] == ["compute-sanitizer", "--tool", "racecheck"]
+    assert watched[watched.index("-k") + 1] == SANITIZED
+    assert "-n" not in watched
