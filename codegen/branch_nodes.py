@@ -33,34 +33,17 @@ def in_fp32(coefficients: Node, scale: Node, rank: int) -> Node:
         return add_call(graph, aten.slice.Tensor, plain, -1, 0, rank)
 
 
-def operands_of_branch(
-    coefficients: Any,
-    weight: Node,
-    branch_scale: Node,
-    scale: Node,
-    weight_scale: Node,
-    one: float,
-) -> tuple[Node, Node]:
-    """The last two operands of an ``engine_linear``, of a branch's coefficients [..., R], weight [R, N] and scale [R].
-
-    one  of ``ONE_IN_SUMS``
-    """
-    graph, convert = weight.graph, prims.convert_element_type.default
-    source = _in_units_of(scale, coefficients)
-    if source is None:
-        divided = add_call(graph, aten.div.Tensor, coefficients, scale)
-        source = pad_columns(add_call(graph, convert, divided, torch.bfloat16))
-    of_columns = add_call(graph, aten.mul.Tensor, branch_scale, one)
-    of_outputs = add_call(graph, aten.permute.default, weight_scale, [1, 0])
-    transposed = add_call(graph, aten.permute.default, weight, [1, 0])
-    scaled = add_call(graph, aten.mul.Tensor, transposed, of_columns)
-    divided = add_call(graph, aten.div.Tensor, scaled, of_outputs)
-    rounded = pad_columns(add_call(graph, convert, divided, torch.bfloat16))
-    contiguous = {"memory_format": torch.contiguous_format}
-    return source, add_call(graph, aten.clone.default, rounded, **contiguous)
+def coefficients_of_linear(coefficients: Any, scale: Node) -> Node:
+    """Coefficients [..., R] in fp32 as an ``engine_linear`` takes them."""
+    found = _made_plain(coefficients, scale)
+    if found is not None:
+        return found
+    graph, convert = scale.graph, prims.convert_element_type.default
+    in_units = add_call(graph, aten.div.Tensor, coefficients, scale)
+    return pad_columns(add_call(graph, convert, in_units, torch.bfloat16))
 
 
-def _in_units_of(scale: Node, coefficients: Any) -> Node | None:
+def _made_plain(coefficients: Any, scale: Node) -> Node | None:
     """What ``in_fp32`` made coefficients of, if it did."""
     plain = coefficients.args[0] if coefficients.target is aten.slice.Tensor else coefficients
     if plain.target is not aten.mul.Tensor or not isinstance(plain.args[1], Node):
@@ -68,3 +51,17 @@ def _in_units_of(scale: Node, coefficients: Any) -> Node | None:
     wide, by = plain.args
     is_ours = by.args == scale.args and wide.target is prims.convert_element_type.default
     return wide.args[0] if is_ours and wide.args[0].meta["val"].dtype == torch.bfloat16 else None
+
+
+def branch_of_linear(weight: Node, scale: Node, weight_scale: Node, one: float) -> Node:
+    """A branch's weight [R, N] with its scale [R] as an ``engine_linear`` takes it; ``one`` is of ``ONE_IN_SUMS``."""
+    graph = weight.graph
+    transposed = add_call(graph, aten.permute.default, weight, [1, 0])
+    scaled = add_call(
+        graph, aten.mul.Tensor, transposed, add_call(graph, aten.mul.Tensor, scale, one)
+    )
+    of_outputs = add_call(graph, aten.permute.default, weight_scale, [1, 0])
+    in_units = add_call(graph, aten.div.Tensor, scaled, of_outputs)
+    rounded = add_call(graph, prims.convert_element_type.default, in_units, torch.bfloat16)
+    contiguous = {"memory_format": torch.contiguous_format}
+    return add_call(graph, aten.clone.default, pad_columns(rounded), **contiguous)

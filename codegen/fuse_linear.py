@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from .branch_nodes import operands_of_branch
+from .branch_nodes import branch_of_linear, coefficients_of_linear
 from .engine_ops import ONE_IN_SUMS, takes_linear
 from .tiles import MOST_TYPES
 
@@ -54,12 +54,16 @@ def fuse_linear(graph: Graph, product: Node, output: Node) -> bool:
     if types is None or len(types[2]) > MOST_TYPES:
         return False
     scales = (steps[0].args[1], weight, weight_scale.table)
+    of_branch = ()
+    if branch is not None:
+        coefficients, *of_weight = branch.args
+        one = ONE_IN_SUMS[codes.meta["val"].dtype]
+        with graph.inserting_before(_early(codes, *of_weight, weight_scale.table) or output):
+            last = branch_of_linear(*of_weight, weight_scale.table, one)
+        with graph.inserting_before(output):
+            of_branch = (coefficients_of_linear(coefficients, scales[0]), last)
     with graph.inserting_before(output):
-        in_bf16 = ()
-        if branch is not None:
-            one = ONE_IN_SUMS[codes.meta["val"].dtype]
-            in_bf16 = operands_of_branch(*branch.args, scales[0], scales[2], one)
-        args = (codes, *scales, bias.table, *types, dtype, *in_bf16)
+        args = (codes, *scales, bias.table, *types, dtype, *of_branch)
         fused = graph.call_function(freeact.engine_linear.default, args)
     fused.meta["val"] = output.meta["val"]
     output.replace_all_uses_with(fused)
@@ -68,6 +72,18 @@ def fuse_linear(graph: Graph, product: Node, output: Node) -> bool:
 
 def _is_branch(node: Any) -> bool:
     return isinstance(node, Node) and node.target is freeact.engine_branch_product.default
+
+
+def _early(codes: Node, *inputs: Node) -> Node | None:
+    """The transform that codes with a branch come from, if what is made of some nodes may stand in front of it.
+
+    Why there: what Inductor launches between two of our kernels, these cannot start ahead of.
+    """
+    quantized: Any = codes.args[0] if codes.target is operator.getitem else None
+    if quantized is None or quantized.target is not freeact.engine_branch_quantize.default:
+        return None
+    transform: Any = quantized.args[0].args[0]
+    return transform if all(node.op == "placeholder" for node in inputs) else None
 
 
 class _Row(NamedTuple):

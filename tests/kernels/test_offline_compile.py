@@ -20,12 +20,14 @@ from offline import (
     compile_kernel,
 )
 
+from freeact_fx.codegen.kernels import hopper_branch_quantize
 from freeact_fx.codegen.kernels.hopper_int_mm import hopper_linear_kernel, layouts, registers
 from freeact_fx.codegen.kernels.hopper_transform_quantize import hopper_transform_quantize_kernel
 from freeact_fx.codegen.kernels.int_mm import int_mm_kernel
 from freeact_fx.codegen.kernels.transform_quantize import transform_quantize_kernel
 from freeact_fx.codegen.tiles import (
     TileConfig,
+    branch_tile,
     candidates,
     hopper_tiles,
     hopper_transform_tile,
@@ -230,12 +232,16 @@ def test_hopper_linear(
             **dict.fromkeys(("M", "N", "num_even", "row_bytes"), "i32"),
         },
         constants=constants
+        | ({} if rank else dict.fromkeys(names[3:]))
         | ({} if typed else dict.fromkeys(tables))
         | ({} if tile.split_k > 1 else dict.fromkeys(parts)),
         num_warps=tile.num_warps,
         maxnreg=registers(tile)["maxnreg"],
     )
     instructions = re.findall(r"wgmma\.mma_async[^;]+;", compiled.ptx)
+    of_branch = [i for i in instructions if re.search(BF16_ON_HOPPER, i)]
+    instructions = [i for i in instructions if i not in of_branch]
+    assert bool(of_branch) == bool(rank)
     wanted = (E4M3_INSTRUCTIONS if is_e4m3 else INT8_INSTRUCTIONS)[90]
     assert all(re.search(wanted, instruction) for instruction in instructions)
     assert all(map(_left_in_registers, instructions))
@@ -244,6 +250,52 @@ def test_hopper_linear(
     assert compiled.local_bytes <= 176
     assert compiled.registers * 128 * (tile.groups + 1) * tile.programs <= 65536
     assert (compiled.shared_bytes + 1024) * tile.programs <= 228 * 1024
+
+
+@pytest.mark.parametrize("qmax", [7, 448])
+@pytest.mark.parametrize(
+    ("num_features", "rank", "own_rank"), [(4096, 64, 32), (12288, 128, 0), (640, 8, 0)]
+)
+@pytest.mark.parametrize("typed", [True, False])
+def test_hopper_branch(num_features: int, rank: int, own_rank: int, qmax: int, typed: bool) -> None:
+    tile = branch_tile(num_features, rank)
+    assert tile is not None
+    shapes = ((tile.block_m, tile.block_k), (tile.block_k, tile.block_r))
+    tiles = zip(shapes, hopper_branch_quantize.layouts(tile), strict=True)
+    z, columns = (f"tensordesc<bf16{list(shape)},{layout!r}>" for shape, layout in tiles)
+    types = {"type_ptr": "*i32"}
+    compiled = compile_gluon(
+        hopper_branch_quantize.hopper_branch_quantize_kernel,
+        arguments={
+            "z": z,
+            "columns": columns,
+            **(types if typed else {}),
+            **dict.fromkeys(("clip_ptr", "scale_ptr"), "*fp32"),
+            "codes_ptr": "*i8",
+            "coefficients_ptr": "*bf16",
+            "M": "i32",
+        },
+        constants=({} if typed else dict.fromkeys(types))
+        | {
+            "K": num_features,
+            "R": rank,
+            "OWN_RANK": own_rank,
+            "NUM_TYPES": 3,
+            "DEFAULT_TYPE": 0,
+            "QMAX": qmax,
+            "STEP": 0.01,
+            "STAGES": tile.num_stages,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_K": tile.block_k,
+            "BLOCK_R": tile.block_r,
+            "num_warps": tile.num_warps,
+        },
+        num_warps=tile.num_warps,
+    )
+    assert re.search(BF16_ON_HOPPER, compiled.ptx)
+    assert "cp.async.bulk.tensor" in compiled.ptx
+    assert compiled.local_bytes == 0
+    assert compiled.shared_bytes <= 227 * 1024
 
 
 @pytest.mark.parametrize(
