@@ -56,12 +56,12 @@ def _made_plain(coefficients: Any, scale: Node) -> Node | None:
 def branch_of_linear(weight: Node, scale: Node, weight_scale: Node, one: float) -> Node:
     """A branch's weight [R, N] with its scale [R] as an ``engine_linear`` takes it; ``one`` is of ``ONE_IN_SUMS``."""
     graph = weight.graph
-    transposed = add_call(graph, aten.permute.default, weight, [1, 0])
-    scaled = add_call(
-        graph, aten.mul.Tensor, transposed, add_call(graph, aten.mul.Tensor, scale, one)
-    )
-    of_outputs = add_call(graph, aten.permute.default, weight_scale, [1, 0])
-    in_units = add_call(graph, aten.div.Tensor, scaled, of_outputs)
-    rounded = add_call(graph, prims.convert_element_type.default, in_units, torch.bfloat16)
-    contiguous = {"memory_format": torch.contiguous_format}
-    return add_call(graph, aten.clone.default, pad_columns(rounded), **contiguous)
+    of_columns = add_call(graph, aten.unsqueeze.default, scale, 1)
+    scaled = add_call(graph, aten.mul.Tensor, weight, of_columns)
+    in_units = add_call(graph, aten.div.Tensor, scaled, weight_scale)
+    in_sums = add_call(graph, aten.mul.Tensor, in_units, one)
+    rounded = add_call(graph, prims.convert_element_type.default, in_sums, torch.bfloat16)
+    padding = -weight.meta["val"].shape[0] % _MULTIPLE
+    if padding == 0:
+        return rounded
+    return add_call(graph, aten.constant_pad_nd.default, rounded, [0, 0, 0, padding], 0.0)

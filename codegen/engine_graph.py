@@ -35,7 +35,6 @@ from .tune_linear import tune_linears
 
 aten, prims = torch.ops.aten, torch.ops.prims
 freeact = torch.ops.freeact
-_LAST = torch.iinfo(torch.int64).max
 
 
 def use_engine_ops(graph: Graph, *, tune: bool = False) -> None:
@@ -120,10 +119,9 @@ def _swap_branch(transform: Node) -> bool:
         return False
     graph = transform.graph
     with graph.inserting_before(transform):
-        parts = [add_call(graph, aten.slice.Tensor, lowrank, 0, i, _LAST, 2) for i in (0, 1)]
-        ordered = add_call(graph, aten.cat.default, parts, 0)
-        in_bf16 = add_call(graph, prims.convert_element_type.default, ordered, torch.bfloat16)
-        columns = pad_columns(in_bf16)
+        columns = pad_columns(
+            add_call(graph, prims.convert_element_type.default, lowrank, torch.bfloat16)
+        )
         unrounded = (*tensors[:7], widths, slice_of_type, default_type, 0)
         values = add_call(graph, freeact.engine_transform_quantize.default, *unrounded)
         z = add_call(graph, operator.getitem, values, 0)
@@ -146,12 +144,12 @@ def _swap_branch(transform: Node) -> bool:
 
 def _reorder(graph: Graph, codes: Node) -> Node:
     """``to_engine_order``."""
-    dtype = codes.meta["val"].dtype
+    dtype, last = codes.meta["val"].dtype, torch.iinfo(torch.int64).max
     with graph.inserting_before(codes.next):
         as_bytes = codes
         if dtype != torch.int8:
             as_bytes = add_call(graph, aten.view.dtype, codes, torch.int8)
-        even = add_call(graph, aten.slice.Tensor, as_bytes, -1, 0, _LAST, 2)
-        odd = add_call(graph, aten.slice.Tensor, as_bytes, -1, 1, _LAST, 2)
+        even = add_call(graph, aten.slice.Tensor, as_bytes, -1, 0, last, 2)
+        odd = add_call(graph, aten.slice.Tensor, as_bytes, -1, 1, last, 2)
         ordered = add_call(graph, aten.cat.default, [even, odd], -1)
         return ordered if dtype == torch.int8 else add_call(graph, aten.view.dtype, ordered, dtype)

@@ -209,7 +209,7 @@ def engine_branch_quantize(
     """What ``freeact::transform_quantize_branch`` does after its transform.
 
     z         [..., K'] bf16, in engine order
-    columns   [K', R] bf16: the codes of the branch, rows in engine order; for the kernel R is a multiple of eight
+    columns   [K', R] bf16: the codes of the branch; for the kernel R is a multiple of eight
     own_rank  as there
 
     Returns codes [..., K'] int8 or e4m3 in engine order, scale [..., 1] fp32 and coefficients [..., R] bf16, divided by
@@ -239,6 +239,7 @@ def _branch_quantize(
     qmax: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The reference with z and the coefficients rounded to bf16."""
+    columns = torch.cat([columns[0::2], columns[1::2]])
     z, columns = z.float(), columns.float() * reference.column_step(columns.shape[0])
     exact = reference.branch_coefficients(z, columns, types, default_type, own_rank)
     rest = z - exact.bfloat16().float() @ columns.t()
@@ -321,7 +322,7 @@ def engine_linear(
     bias_table    [P, N] fp32, or None
     token_type    [...] integers, or None: all tokens are ``default_type``
     slice_sizes   columns of each slice, even numbers; their sum is K'
-    coefficients  [..., R] bf16, divided by ``scale``, with branch_weight [N, R] bf16, divided by ``weight_scale`` and
+    coefficients  [..., R] bf16, divided by ``scale``, with branch_weight [R, N] bf16, divided by ``weight_scale`` and
                   times ``ONE_IN_SUMS``, for plans of one slice; or None. Their product is added to the kernel's sums
 
     Returns [..., N] of ``dtype``. The kernel is for shapes that ``takes_linear`` and Hopper.
@@ -348,7 +349,7 @@ def engine_linear(
         return out.view(*codes.shape[:-1], weight.shape[0])
     product = engine_int_mm(codes, weight)
     if coefficients is not None and branch_weight is not None:
-        of_branch = coefficients.float() @ branch_weight.float().t()
+        of_branch = coefficients.float() @ branch_weight.float()
         product = product + of_branch / ONE_IN_SUMS[codes.dtype]
     return reference.epilogue(
         product,

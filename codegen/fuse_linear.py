@@ -58,10 +58,11 @@ def fuse_linear(graph: Graph, product: Node, output: Node) -> bool:
     if branch is not None:
         coefficients, *of_weight = branch.args
         one = ONE_IN_SUMS[codes.meta["val"].dtype]
-        with graph.inserting_before(_early(codes, *of_weight, weight_scale.table) or output):
-            last = branch_of_linear(*of_weight, weight_scale.table, one)
         with graph.inserting_before(output):
-            of_branch = (coefficients_of_linear(coefficients, scales[0]), last)
+            of_branch = (
+                coefficients_of_linear(coefficients, scales[0]),
+                branch_of_linear(*of_weight, weight_scale.table, one),
+            )
     with graph.inserting_before(output):
         args = (codes, *scales, bias.table, *types, dtype, *of_branch)
         fused = graph.call_function(freeact.engine_linear.default, args)
@@ -72,18 +73,6 @@ def fuse_linear(graph: Graph, product: Node, output: Node) -> bool:
 
 def _is_branch(node: Any) -> bool:
     return isinstance(node, Node) and node.target is freeact.engine_branch_product.default
-
-
-def _early(codes: Node, *inputs: Node) -> Node | None:
-    """The transform that codes with a branch come from, if what is made of some nodes may stand in front of it.
-
-    Why there: what Inductor launches between two of our kernels, these cannot start ahead of.
-    """
-    quantized: Any = codes.args[0] if codes.target is operator.getitem else None
-    if quantized is None or quantized.target is not freeact.engine_branch_quantize.default:
-        return None
-    transform: Any = quantized.args[0].args[0]
-    return transform if all(node.op == "placeholder" for node in inputs) else None
 
 
 class _Row(NamedTuple):

@@ -302,10 +302,12 @@ class BranchTile:
 
 @functools.cache
 def branch_tile(num_codes: int, rank: int) -> BranchTile | None:
-    """The tile of a branch of some columns, or None where there is no kernel for it: chunks are whole."""
-    block_m, block_k, block_r = 64, 128 if num_codes % 256 else 256, _padded(rank)
-    if num_codes % block_k or num_codes > LARGEST_NUM_CODES or rank > LARGEST_RANK:
+    """The tile of a branch of some columns, or None where there is no kernel for it: chunks of the even and of the odd
+    features are whole."""
+    sizes = [size for size in (256, 128, 64) if num_codes % (2 * size) == 0]
+    if not sizes or num_codes > LARGEST_NUM_CODES or rank > LARGEST_RANK:
         return None
+    block_m, block_k, block_r = 64, sizes[0], _padded(rank)
     # 32 KB for the exchange between threads, and for the copies' barriers.
     stage_bytes = 2 * block_k * (block_m + block_r)
     num_stages = min(8, (_SHARED_BYTES[90] - 32768) // stage_bytes)

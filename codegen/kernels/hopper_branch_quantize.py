@@ -53,18 +53,31 @@ _NAN = gl.constexpr(float("nan"))
 
 
 @gluon.jit
-def copy_chunk(z, columns, z_ring, columns_ring, full, chunk, first_m, NUM_CHUNKS: gl.constexpr):
+def copy_chunk(
+    z,
+    columns,
+    z_ring,
+    columns_ring,
+    full,
+    chunk,
+    first_m,
+    R: gl.constexpr,
+    NUM_CHUNKS: gl.constexpr,
+):
     """Ask for a chunk of the tokens and its rows of U, if there is one of that number."""
     STAGES: gl.constexpr = z_ring.shape[0]
     BLOCK_M: gl.constexpr = z_ring.shape[1]
     BLOCK_K: gl.constexpr = z_ring.shape[2]
     BLOCK_R: gl.constexpr = columns_ring.shape[2]
+    # Rows of U are the even features and, behind them, the odd ones.
+    HALF: gl.constexpr = NUM_CHUNKS // 2
     if (chunk >= 0) & (chunk < NUM_CHUNKS):
         stage = chunk % STAGES
         arrived = full.index(stage)
         mbarrier.expect(arrived, 2 * BLOCK_K * (BLOCK_M + BLOCK_R))
         _load(z, [first_m, chunk * BLOCK_K], arrived, z_ring.index(stage))
-        _load(columns, [chunk * BLOCK_K, 0], arrived, columns_ring.index(stage))
+        place = [chunk % HALF * BLOCK_K, chunk // HALF * R]
+        _load(columns, place, arrived, columns_ring.index(stage))
 
 
 @gluon.jit
@@ -83,7 +96,7 @@ def residual(z_chunk, columns_chunk, coefficients, STEP: gl.constexpr, layout: g
 @gluon.jit
 def hopper_branch_quantize_kernel(
     z,  # descriptor of [M, K] bf16
-    columns,  # descriptor of [K, R] bf16: U in codes
+    columns,  # descriptor of [K / 2, 2 R] bf16: U in codes, the rows of an even and an odd feature side by side
     type_ptr,  # [M] int, or None: all tokens are DEFAULT_TYPE
     clip_ptr,  # [P] fp32
     codes_ptr,  # [M, K] int8 or the bytes of e4m3
@@ -127,8 +140,8 @@ def hopper_branch_quantize_kernel(
     wait_for_previous_kernel()
     first_m = gl.program_id(0) * BLOCK_M
     for ahead in gl.static_range(STAGES):
-        copy_chunk(z, columns, z_ring, columns_ring, full, ahead, first_m, NUM_CHUNKS)
-    # Coefficients, those of other types' columns being zeros.
+        copy_chunk(z, columns, z_ring, columns_ring, full, ahead, first_m, R, NUM_CHUNKS)
+    # Coefficients; zeros for columns of other types, and for those behind R, which are the odd features'.
     c = gl.zeros((BLOCK_M, BLOCK_R), gl.float32, of_coefficients)
     for chunk in range(0, NUM_CHUNKS):
         stage = chunk % STAGES
@@ -136,11 +149,11 @@ def hopper_branch_quantize_kernel(
         c = warpgroup_mma(z_ring.index(stage), columns_ring.index(stage), c, is_async=True)
         c = warpgroup_mma_wait(num_outstanding=0, deps=(c,))
         _barrier()
-        copy_chunk(z, columns, z_ring, columns_ring, full, chunk + STAGES, first_m, NUM_CHUNKS)
+        copy_chunk(z, columns, z_ring, columns_ring, full, chunk + STAGES, first_m, R, NUM_CHUNKS)
     tokens_of_c: gl.constexpr = gl.SliceLayout(1, of_coefficients)
     m = first_m + gl.arange(0, BLOCK_M, tokens_of_c)
     r = gl.arange(0, BLOCK_R, gl.SliceLayout(0, of_coefficients))
-    c *= STEP
+    c = gl.where((r < R)[None, :], c * STEP, 0.0)
     if OWN_RANK > 0:
         owner = (r // OWN_RANK)[None, :]
         if type_ptr is None:
@@ -156,7 +169,7 @@ def hopper_branch_quantize_kernel(
         mbarrier.wait(full.index(stage), (chunk // STAGES) & 1)
         rest = residual(z_ring.index(stage), columns_ring.index(stage), multiplied, STEP, of_chunk)
         _barrier()
-        copy_chunk(z, columns, z_ring, columns_ring, full, chunk - STAGES, first_m, NUM_CHUNKS)
+        copy_chunk(z, columns, z_ring, columns_ring, full, chunk - STAGES, first_m, R, NUM_CHUNKS)
         largest = larger_magnitude(largest, rest)
     m = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, of_chunk))
     token_type = DEFAULT_TYPE
@@ -182,7 +195,7 @@ def hopper_branch_quantize_kernel(
         mbarrier.wait(full.index(stage), (chunk // STAGES) & 1)
         rest = residual(z_ring.index(stage), columns_ring.index(stage), multiplied, STEP, of_chunk)
         _barrier()
-        copy_chunk(z, columns, z_ring, columns_ring, full, chunk + STAGES, first_m, NUM_CHUNKS)
+        copy_chunk(z, columns, z_ring, columns_ring, full, chunk + STAGES, first_m, R, NUM_CHUNKS)
         if QMAX == 448:
             codes = to_e4m3(rest, per_unit[:, None])
         else:
@@ -213,7 +226,7 @@ def hopper_branch_quantize(
     """Coefficients, and codes of what is left, of transformed tokens.
 
     z           [M, K] bf16, contiguous
-    columns     [K, R] bf16, contiguous: codes of the branch (``reference.branch_codes``), rows in the order of z
+    columns     [K, R] bf16, contiguous: codes of the branch (``reference.branch_codes``), rows in plain order
     token_type  [M] integers, or None: all tokens are ``default_type``
     clip        [P] fp32
     own_rank    as in ``reference.transform``
@@ -232,12 +245,13 @@ def hopper_branch_quantize(
     tile = branch_tile(num_features, rank)
     assert tile is not None
     of_z, of_columns = layouts(tile)
+    pairs = columns.view(num_features // 2, 2 * rank)
     launch = _launch_of(tile, num_features, rank, own_rank, clip.shape[0], default_type, qmax)
     launch(
         z.device,
         -(-num_tokens // tile.block_m),
         TensorDescriptor.from_tensor(z, [tile.block_m, tile.block_k], of_z),
-        TensorDescriptor.from_tensor(columns, [tile.block_k, tile.block_r], of_columns),
+        TensorDescriptor.from_tensor(pairs, [tile.block_k, tile.block_r], of_columns),
         token_type,
         clip,
         codes,

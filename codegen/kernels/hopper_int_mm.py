@@ -294,9 +294,9 @@ def copy_tiles(
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             mbarrier.expect(arrived, (GROUPS * ROWS + BLOCK_M) * BLOCK_K)
             for group in gl.static_range(GROUPS):
-                row = (tile_n * GROUPS + group) * ROWS
+                first_n = (tile_n * GROUPS + group) * ROWS
                 target = for_copy(weight_ring.index(GROUPS * stage + group), branch)
-                _load(branch, [row, column], arrived, target)
+                _load(branch, [column, first_n], arrived, target)
             target = for_copy(codes_ring.index(2 * stage), coefficients)
             _load(coefficients, [tile_m * BLOCK_M, column], arrived, target)
             step += 1
@@ -449,7 +449,7 @@ def plus_branch(
     for _column in gl.static_range(0, RANK, BLOCK_K // 2):
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-        of_outputs = for_copy(weight_ring.index(GROUPS * stage + GROUP), branch)
+        of_outputs = for_copy(weight_ring.index(GROUPS * stage + GROUP), branch).permute((1, 0))
         of_tokens = for_copy(codes_ring.index(2 * stage), coefficients).permute((1, 0))
         total = warpgroup_mma(of_outputs, of_tokens, total, is_async=True)
         total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
@@ -616,7 +616,7 @@ def hopper_linear_kernel(
     weight,  # descriptor of [N, bytes] int8
     out,  # descriptor of [M, N]
     coefficients,  # descriptor of [M, RANK] bf16, or None
-    branch,  # descriptor of [N, RANK] bf16, or None
+    branch,  # descriptor of [RANK, N] bf16, or None
     weight_ptr,  # [N, row_bytes] int8, the same
     scale_ptr,  # [M] fp32
     weight_scale_ptr,  # [S, N] fp32
@@ -736,7 +736,7 @@ def layouts(
         shared([tile.rows, tile.block_k], gl.int8),
         shared([tile.block_m, tile.rows], out),
         shared([tile.block_m, tile.block_k // 2], gl.bfloat16),
-        shared([tile.rows, tile.block_k // 2], gl.bfloat16),
+        shared([tile.block_k // 2, tile.rows], gl.bfloat16),
     )
 
 
@@ -768,7 +768,7 @@ def hopper_linear(
     tile          None: the fastest that was measured (``tuning``), else ``choose_hopper_tile``; must be legal for the
                   shape, ``tiles.fits_hopper``
     promoted      e4m3: True keeps the products of integers exact; None: ``tiles.PROMOTED``
-    coefficients  [M, R] bf16 with branch_weight [N, R] bf16, both contiguous, in units of ``engine_linear``; or None
+    coefficients  [M, R] bf16 with branch_weight [R, N] bf16, both contiguous, in units of ``engine_linear``; or None
 
     Returns [M, N] of ``dtype``.
     """
@@ -792,7 +792,7 @@ def hopper_linear(
         rank, columns = coefficients.shape[1], tile.block_k // 2
         branch = (
             TensorDescriptor.from_tensor(coefficients, [tile.block_m, columns], of_coefficients),
-            TensorDescriptor.from_tensor(branch_weight, [tile.rows, columns], of_branch),
+            TensorDescriptor.from_tensor(branch_weight, [columns, tile.rows], of_branch),
         )
     weight = weight.view(torch.int8)
     tiles = -(-num_tokens // tile.block_m) * -(-num_outputs // tile.block_n)

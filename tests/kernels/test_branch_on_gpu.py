@@ -62,7 +62,8 @@ def test_linear(
     scale, weight_scale = torch.rand(num_tokens, 1, device=GPU), torch.rand(num_outputs, device=GPU)
     table = torch.randn(NUM_TYPES + 1, num_outputs, device=GPU)
     types = torch.randint(-1, NUM_TYPES + 1, (num_tokens,), device=GPU) if typed else None
-    c, v = (100 * torch.randn(n, rank, device=GPU).bfloat16() for n in (num_tokens, num_outputs))
+    c = 100 * torch.randn(num_tokens, rank, device=GPU).bfloat16()
+    v = 100 * torch.randn(rank, num_outputs, device=GPU).bfloat16()
     v = v * ONE_IN_SUMS[dtype]
     got = engine_ops.engine_linear(
         to_engine_order(codes.to(dtype)),
@@ -80,8 +81,8 @@ def test_linear(
     )
     factor = scale.double() * weight_scale.double()
     product = exact_product(codes, weight_i4)
-    branch = c.double() @ v.double().t() / ONE_IN_SUMS[dtype]
-    size = product.abs() + c.double().abs() @ v.double().abs().t() / ONE_IN_SUMS[dtype]
+    branch = c.double() @ v.double() / ONE_IN_SUMS[dtype]
+    size = product.abs() + c.double().abs() @ v.double().abs() / ONE_IN_SUMS[dtype]
     rows = reference.rows_of_type(table, types, 1).double()
     want = (product + branch) * factor + rows
     # A product of 16 columns is added to sums of which the tensor core keeps 2^-22 of the largest addend.
@@ -103,8 +104,11 @@ def test_every_tile_of_the_linear(tile: TileConfig, dtype: torch.dtype, num_toke
     """Small integers, so that the outputs are exact; again and again, to see the counters left as zeros."""
     codes, weight_i4 = (random_codes(n, 4096, largest=1) for n in (num_tokens, 400))
     codes[:, 60:] *= torch.rand(codes[:, 60:].shape, device=GPU) < 0.02
-    c, v = (torch.randint(-1, 2, (n, 40), device=GPU).bfloat16() for n in (num_tokens, 400))
-    want = exact_product(codes, weight_i4) + c.double() @ v.double().t()
+    c, v = (
+        torch.randint(-1, 2, shape, device=GPU).bfloat16()
+        for shape in ((num_tokens, 40), (40, 400))
+    )
+    want = exact_product(codes, weight_i4) + c.double() @ v.double()
     assert int(want.abs().max()) <= 256
     for _ in range(3):
         got = hopper_linear(
@@ -153,8 +157,9 @@ def test_branch(
         z, columns, types, clip, 1, own_rank, qmax
     )
     wide = columns.double() * reference.column_step(num_features)
-    exact = reference.branch_coefficients(z.double(), wide, types, 1, own_rank)
-    rest = z.double() - exact.bfloat16().double() @ wide.t()
+    ordered = torch.cat([wide[0::2], wide[1::2]])
+    exact = reference.branch_coefficients(z.double(), ordered, types, 1, own_rank)
+    rest = z.double() - exact.bfloat16().double() @ ordered.t()
     clips = reference.rows_of_type(clip, types, 1).double().unsqueeze(-1)
     want, want_scale = reference.quantize_tokens(rest, clips, qmax)
     assert torch.allclose(scale.double(), want_scale, rtol=1e-3)

@@ -78,7 +78,7 @@ def test_linear(tile: TileConfig, dtype: torch.dtype, order: str, rank: int) -> 
     weight_i4 = random_codes(num_outputs, 1024, largest=7)
     scale, weight_scale = torch.rand(num_tokens), torch.rand(len(sizes), num_outputs)
     table = torch.randn(len(slice_of_type), num_outputs) if order != "untyped" else None
-    branch = [torch.randn(n, rank).bfloat16() for n in (num_tokens, num_outputs)]
+    branch = torch.randn(num_tokens, rank).bfloat16(), torch.randn(rank, num_outputs).bfloat16()
     got = hopper_int_mm.hopper_linear(
         to_engine_order(codes.to(dtype)),
         scale,
@@ -100,7 +100,7 @@ def test_linear(tile: TileConfig, dtype: torch.dtype, order: str, rank: int) -> 
         rows += reference.rows_of_type(table, types, default).double()
     factor = scale[:, None].double() * weight_scale.double()[chosen] / ONE_IN_SUMS[dtype]
     of_branch, size = (
-        a.double() @ b.double().t() * factor for a, b in (branch, [t.abs() for t in branch])
+        a.double() @ b.double() * factor for a, b in (branch, [t.abs() for t in branch])
     )
     fp32_steps = (4 + rank) * (want.abs() + size) + 4 * rows.abs()
     want = want + rows + of_branch
@@ -152,8 +152,9 @@ def test_transform_without_rounding(num_features: int) -> None:
         (4096, 64, 0, 7),
         (4096, 72, 24, 448),
         (3584, 128, 32, 7),
-        (640, 8, 4, 7),  # smaller chunks, the last places not filled in turn
-        (256, 16, 0, 7),  # one chunk
+        (11008, 32, 0, 7),  # smaller chunks
+        (640, 8, 4, 7),
+        (256, 40, 0, 7),  # fewer chunks than places
     ],
 )
 def test_branch(num_features: int, rank: int, own_rank: int, qmax: int, order: str) -> None:

@@ -197,7 +197,7 @@ def test_hopper_linear(
         (tile.rows, tile.block_k),
         (tile.block_m, tile.rows),
         (tile.block_m, tile.block_k // 2),
-        (tile.rows, tile.block_k // 2),
+        (tile.block_k // 2, tile.rows),
     )
     kinds = ("fp8e4nv" if is_e4m3 else "i8", "i8", "bf16", "bf16", "bf16")
     tiles = zip(kinds, shapes, layouts(tile, torch.bfloat16, codes), strict=True)
