@@ -1,46 +1,57 @@
 """What does quantisation cost in accuracy? Rows are methods, models are small but real.
 
     python benchmarks/accuracy.py --quick --out quick.json          a bit of everything, 2 cores
-    python benchmarks/accuracy.py --out accuracy.json --device cuda  everything
+    python benchmarks/accuracy.py --out accuracy.json --device cuda --workers 8    everything
+    python benchmarks/accuracy.py --set headlines --deadline 3600   what matters most, in an hour
     python benchmarks/accuracy.py --models dllm --methods default "one type" --formats w4a4
     python benchmarks/accuracy.py --model-id GSAI-ML/LLaDA-8B-Base --kind dllm --mask-token-id 126336 \\
         --text-file test.txt --trust-remote-code --dtype bfloat16 --device cuda
 
 Every row is measured on the real thing: calibrate, save, then in a fresh process load, convert,
-torch.compile(backend="freeact") and score on integer codes. `accuracy_methods.py` holds the rows,
-`accuracy_models.py` the models with their data, `accuracy_summary.py` what is made of the numbers.
+torch.compile(backend="freeact") and score on integer codes. `accuracy_methods.py` holds the methods,
+`accuracy_models.py` the models with their data, `accuracy_jobs.py` which rows are measured in which
+order, `accuracy_workers.py` the processes that do it, `accuracy_summary.py` what is made of the
+numbers.
 
 A row goes to the work file (`--parts`) as soon as it is measured, and a later run skips what is
 there: same row, sizes and compiler, same source of the package and of the row. So a run can be
-killed, or split over processes or machines (`--shard`, each with a work file of its own) and the
-work files given together.
+killed, or its rows (`--set`, `--models`, `--seeds`, `--jobs` and so on) divided among machines, each
+with a work file of its own, and the work files given together.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accuracy_hub import KINDS, HubModel
+from accuracy_jobs import BASIC, COMPILERS, OURS, SETS, Job, Rows, jobs_of, read_jobs
 from accuracy_methods import FORMATS, METHODS
 from accuracy_models import MODELS, BenchmarkModel, Sizes
 from accuracy_scoring import Request, score_folder, source_digest
-from accuracy_summary import fill_document, plot, print_summary, read_rows, summarise
+from accuracy_summary import (
+    fill_document,
+    find_row,
+    plot,
+    print_summary,
+    read_rows,
+    summarise,
+)
+from accuracy_workers import Worker, gpus_of_workers, measure_all
 from measure import REPOSITORY, environment
 from small_models import CACHE
 from torch import nn
-from tqdm import tqdm
 
 from freeact_fx import QuantConfig
 from freeact_fx.predict import ranking_share
@@ -57,44 +68,8 @@ QUICK_METHODS = {
     "dllm": ("float", "flatquant-like short", "default", "one type"),
     "vlm": ("float", "default"),
     "smollm2": ("float", "default"),
+    "gemma3": ("float", "default"),
 }
-
-
-@dataclass(frozen=True)
-class Job:
-    """One row to be measured."""
-
-    model: str
-    method: str
-    format: str  # "float" for the method of that name
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.model}, {self.method}, {self.format}, seed {self.seed}"
-
-
-def jobs_of(
-    models: Sequence[str],
-    methods: Mapping[str, Sequence[str]],
-    formats: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    all_asked_for: bool,
-) -> Iterator[Job]:
-    """The rows, those of one model together, every method once before any has a second seed.
-
-    methods        names by model
-    all_asked_for  False: leave out what METHODS does not give to a model or a format by itself
-    """
-    for model in models:
-        if "float" in methods[model]:
-            yield Job(model, "float", "float", 0)
-        for format_ in formats:
-            for seed in seeds:
-                for name in methods[model]:
-                    belongs = all_asked_for or METHODS[name].belongs(model, format_)
-                    if name != "float" and belongs:
-                        yield Job(model, name, format_, seed)
 
 
 class Benchmark:
@@ -113,7 +88,6 @@ class Benchmark:
             "config": self._config(job).digest if quantised else None,
             "sizes": asdict(self.sizes),
             "hub": None if self.hub is None else asdict(self.hub),
-            "compiler": self.args.compiler,
             "source": self._sources[job.method],
         }
 
@@ -141,7 +115,7 @@ class Benchmark:
                 source=key["source"],
                 cache=str(self.args.cache),
                 device=self.args.device,
-                compiler=self.args.compiler,
+                compiler=job.compiler,
                 sizes=self.sizes,
                 hub=self.hub,
                 lm_eval=tuple(self.args.lm_eval),
@@ -151,7 +125,7 @@ class Benchmark:
             subprocess.run([sys.executable, __file__, "--score", str(folder)], check=True)
             facts |= json.loads((folder / "score.json").read_text())
             facts["score_s"] = round(time.perf_counter() - start, 1)
-        return {**key, **facts, "environment": self._environment()}
+        return {**key, **facts, "environment": self._environment(job)}
 
     def _calibrate(self, job: Job, folder: Path) -> dict[str, Any]:
         """Save the row's checkpoint in a folder; returns time, storage, plans, and the predictor's share."""
@@ -191,47 +165,20 @@ class Benchmark:
             self._loaded = (name, self._spec(name).load(self.args.cache).to(self.args.device))
         return self._loaded[1]
 
-    def _environment(self) -> dict[str, Any]:
-        facts = {**environment(), "device": self.args.device, "compiler": self.args.compiler}
+    def _environment(self, job: Job) -> dict[str, Any]:
+        facts = {
+            **facts_of_run(self.args.commit),
+            "device": self.args.device,
+            "compiler": job.compiler,
+            "num_workers": self.args.workers,
+        }
         if self.args.device != "cpu":
             facts["gpu"] = torch.cuda.get_device_name(self.args.device)
         return facts
 
 
-def measure_all(benchmark: Benchmark, jobs: Sequence[Job], parts: Sequence[Path]) -> list[Job]:
-    """Measure what no work file has, and append it to the first; returns the jobs that failed."""
-    measured = [row for file in parts for row in read_rows(file)]
-    parts[0].parent.mkdir(parents=True, exist_ok=True)
-    failed = []
-    bar = tqdm([job for job in jobs if find_row(measured, benchmark.key(job)) is None], unit="row")
-    for job in bar:
-        bar.set_description_str(str(job))
-        try:
-            row = benchmark.measure(job)
-        except Exception:  # the other rows are worth having
-            traceback.print_exc()
-            failed.append(job)
-            continue
-        with parts[0].open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        numbers = {n: round(v, 4) for n, v in row["metrics"].items() if " " not in n}
-        tqdm.write(
-            f"{job}: {numbers}, calibrated {row.get('calibrate_s')} s, scored {row['score_s']} s"
-        )
-    return failed
-
-
-def find_row(
-    rows: Sequence[Mapping[str, Any]], key: Mapping[str, Any], *, any_source: bool = False
-) -> Mapping[str, Any] | None:
-    """The last row that agrees with the key; `any_source`: of whatever code and compiler."""
-    ignored = ("source", "config", "compiler") if any_source else ()
-    wanted = {name: value for name, value in key.items() if name not in ignored}
-    fitting = (row for row in reversed(rows) if all(row[n] == v for n, v in wanted.items()))
-    return next(fitting, None)
-
-
 def main() -> None:
+    start = time.monotonic()
     args = parse_arguments()
     if args.score is not None:
         score_folder(args.score)
@@ -248,19 +195,17 @@ def main() -> None:
             args.dtype,
             args.trust_remote_code,
         )
-    models = (
-        [args.model_id] if hub else args.models or list(QUICK_METHODS if args.quick else MODELS)
-    )
-    default = QUICK_METHODS if args.quick and not hub else dict.fromkeys(models, tuple(METHODS))
-    methods = {model: args.methods or default[model] for model in models}
-    named = args.methods is not None or args.quick
-    jobs = list(jobs_of(models, methods, args.formats, args.seeds, all_asked_for=named))
+    jobs = chosen_jobs(args)
     benchmark = Benchmark(args, hub, chosen_sizes(args))
-    mine = jobs[args.shard[0] :: args.shard[1]]
-    failed = [] if args.only_measured else measure_all(benchmark, mine, args.parts)
+    failed = []
+    if not args.only_measured:
+        deadline = None if args.deadline is None else start + args.deadline
+        failed = measure_all(benchmark, jobs, args.parts, workers_of(benchmark), deadline)
     measured = [row for file in args.parts for row in read_rows(file)]
+    # In the order of the tables.
+    jobs.sort(key=lambda job: list(METHODS).index(job.method))
     found = [find_row(measured, benchmark.key(job), any_source=args.any_source) for job in jobs]
-    summary = summarise([row for row in found if row is not None], environment())
+    summary = summarise([row for row in found if row is not None], facts_of_run(args.commit))
     print_summary(summary)
     plot(summary, args.plot)
     print(f"plot: {args.plot}")
@@ -273,18 +218,51 @@ def main() -> None:
         sys.exit("failed: " + "; ".join(map(str, failed)))
 
 
+def facts_of_run(commit: str | None) -> dict[str, Any]:
+    return environment() if commit is None else {**environment(), "commit": commit}
+
+
 def chosen_sizes(args: argparse.Namespace) -> Sizes:
     sizes = QUICK_SIZES if args.quick else Sizes()
     given = {name: getattr(args, name) for name in asdict(sizes)}
     return Sizes(**{**asdict(sizes), **{n: v for n, v in given.items() if v is not None}})
 
 
-def shard(text: str) -> tuple[int, int]:
-    """ "I/N" as two numbers, 0 <= I < N."""
-    index, num = map(int, text.split("/"))
-    if not 0 <= index < num:
-        raise ValueError(text)
-    return index, num
+def chosen_jobs(args: argparse.Namespace) -> list[Job]:
+    """The rows that the arguments ask for, in the order in which to measure them."""
+    if args.jobs is not None:
+        return read_jobs(args.jobs, args.compiler)
+    if args.quick or args.model_id is not None or (args.methods is not None and args.set is None):
+        models = args.models or list(OURS if args.quick else MODELS)
+        if args.model_id is not None:
+            models = [args.model_id]
+        rows = [
+            Rows((m,), args.methods or QUICK_METHODS.get(m, BASIC), args.formats, args.seeds)
+            for m in models
+        ]
+        return jobs_of([rows], args.compiler)
+    return [
+        job
+        for job in jobs_of([SETS[name] for name in args.set or SETS], args.compiler)
+        if job.model in (args.models or MODELS)
+        and job.method in (args.methods or METHODS)
+        and (job.method == "float" or (job.format in args.formats and job.seed in args.seeds))
+    ]
+
+
+def workers_of(benchmark: Benchmark) -> list[Worker]:
+    """The processes that `--workers` asks for; several share the processor's cores, and write to logs."""
+    args = benchmark.args
+    num_gpus = torch.cuda.device_count() if args.device == "cuda" else 0
+    gpus = gpus_of_workers(args.workers, num_gpus)
+    if args.workers == 1:
+        return [Worker(benchmark, gpus[0])]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // args.workers)))
+    first = args.parts[0]
+    return [
+        Worker(benchmark, gpu, first.with_name(f"{first.stem}-worker-{number}.log"))
+        for number, gpu in enumerate(gpus)
+    ]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -292,23 +270,34 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    add(
+        "--set", nargs="+", choices=SETS, help="rows of some sets only, in this order; default: all"
+    )
     add("--models", nargs="+", choices=MODELS)
-    add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help="; ".join(METHODS))
+    add(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        metavar="METHOD",
+        help="these, whether they are in a set or not, or with --set those of it: "
+        + "; ".join(METHODS),
+    )
     add("--formats", nargs="+", choices=FORMATS)
     add("--seeds", nargs="+", type=int)
+    add("--jobs", type=Path, help="JSON lines, each a row to measure (accuracy_jobs.read_jobs)")
     add("--quick", action="store_true", help="few rows on little data, one seed")
     for name in asdict(Sizes()):
         add(f"--{name.replace('_', '-')}", type=int, help="see accuracy_models.Sizes")
     add("--device", default="cpu", help="cpu or cuda, to calibrate and to score on")
-    add("--compiler", choices=("inductor", "eager"), help="eager: the passes without Inductor")
+    add("--compiler", choices=COMPILERS, help="eager: the passes without Inductor")
     add("--cache", type=Path, default=CACHE, help="of base models and the float models' rows")
     add("--parts", type=Path, nargs="+", help="work files; the first is appended to")
+    add("--workers", type=int, default=1, help="processes, spread over the visible GPUs")
     add(
-        "--shard",
-        type=shard,
-        default=(0, 1),
-        metavar="I/N",
-        help="measure every N-th row only, from I on",
+        "--deadline",
+        type=float,
+        metavar="SECONDS",
+        help="from now: begin no row that would not be finished by then",
     )
     add("--only-measured", action="store_true", help="measure nothing, sum up the work files")
     add(
@@ -316,6 +305,7 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="sum up rows of older code and of either compiler too",
     )
+    add("--commit", help="of this copy of the sources, if its git does not know")
     add("--keep-checkpoints", type=Path, help="folder; default: they are deleted once scored")
     add("--out", type=Path, help="JSON file")
     add("--plot", type=Path, default=REPOSITORY / "out" / "accuracy.png")
@@ -335,6 +325,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.model_id is not None and (args.kind is None or args.text_file is None):
         parser.error("--model-id needs --kind and --text-file")
+    if args.workers < 1:
+        parser.error(f"--workers must be at least 1, got {args.workers}")
     args.formats = args.formats or (["w4a4"] if args.quick else list(FORMATS))
     args.seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
     args.compiler = args.compiler or ("eager" if args.quick else "inductor")
@@ -343,4 +335,5 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that workers end too
     main()

@@ -1,7 +1,8 @@
 """The rows of the accuracy benchmark: a name, what it is, and how its checkpoint is calibrated.
 
 To add a row, add a line to `METHODS`: a function `(model, batches, config) -> Checkpoint` and the
-fields in which its configuration differs from the default one.
+fields in which its configuration differs from the default one; `accuracy_jobs.py` says of which
+models, formats and seeds it is measured.
 """
 
 from __future__ import annotations
@@ -76,21 +77,12 @@ class Method:
     calibrate  None: the float model itself
     changes    fields of QuantConfig that differ from the default row's
     baseline   True: its numbers depend on the source of baselines.py
-    models     names in accuracy_models.MODELS for which the row is measured without being asked for
-               by name; None: all
-    formats    the same, of FORMATS
     """
 
     what: str
     calibrate: Calibrate | None = ours
     changes: Mapping[str, Any] = field(default_factory=dict)
-    models: tuple[str, ...] | None = None
-    formats: tuple[str, ...] = tuple(FORMATS)
     baseline: bool = False
-
-    def belongs(self, model: str, format_: str) -> bool:
-        """Whether the row is measured without being asked for by name."""
-        return (self.models is None or model in self.models) and format_ in self.formats
 
     def config(
         self, token_types: TokenTypes, format_: str, seed: int, skip: Sequence[str] = ()
@@ -106,12 +98,9 @@ class Method:
         return replace(default, **self.changes)
 
 
-ON_DLLM: dict[str, Any] = {"models": ("dllm",), "formats": ("w4a4",)}
-
-
-def _ablation(what: str, *models: str, **changes: Any) -> Method:
-    """Our default with something changed, at W4A4, on the masked-diffusion model and `models`."""
-    return Method(what, ours, changes, ("dllm", *models), ("w4a4",))
+def _ablation(what: str, **changes: Any) -> Method:
+    """Our default with something changed."""
+    return Method(what, ours, changes)
 
 
 def _baseline(what: str, calibrate: Callable[..., Checkpoint], **options: Any) -> Method:
@@ -140,9 +129,8 @@ METHODS = {
         baselines.flatquant_like,
     ),
     "flatquant-like+gptq": _baseline("the same, our GPTQ", baselines.flatquant_like, gptq=True),
-    "flatquant-like short": replace(
-        _baseline("flatquant-like, 5 epochs instead of 15", baselines.flatquant_like, epochs=5),
-        models=(),
+    "flatquant-like short": _baseline(
+        "flatquant-like, 5 epochs instead of 15", baselines.flatquant_like, epochs=5
     ),
     "default": Method(
         f"ours: plan auto at memory_budget {MEMORY_BUDGET}, types, sink, GPTQ, clips"
@@ -159,9 +147,6 @@ METHODS = {
     ),
     "all plans measured": _ablation(
         "the default, which otherwise measures only the plans predicted best",
-        "vlm",
-        "smollm2",
-        "gemma3",
         plans_measured=6,
     ),
     "single": _ablation("plan single: one transform, no shift", plan="single"),
@@ -172,20 +157,17 @@ METHODS = {
     ),
     "branch": _ablation("plan branch in every group, shared or own", plan="branch"),
     "shared branch": Method(
-        "a branch in every group, its columns for all types", ours_with_branch("branch"), **ON_DLLM
+        "a branch in every group, its columns for all types", ours_with_branch("branch")
     ),
     "own branch": Method(
-        "the same, columns of its own for each type", ours_with_branch("own branch"), **ON_DLLM
+        "the same, columns of its own for each type", ours_with_branch("own branch")
     ),
     "sensitivity": Method(
         "the default, types weighed by the gradients of the predictions in their outputs",
         ours_by_sensitivity,
-        **ON_DLLM,
     ),
     "no branch": _ablation("the default without room for a branch", memory_budget=1.0),
-    "no sink": _ablation(
-        "the default, the first token not a type of its own", "vlm", "smollm2", "gemma3", sink=None
-    ),
+    "no sink": _ablation("the default, the first token not a type of its own", sink=None),
     "only sink": _ablation(
         "the default, the first token the only type of its own", token_types=TokenTypes.single()
     ),

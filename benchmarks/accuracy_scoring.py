@@ -28,6 +28,7 @@ from calibrated import package_sources
 from evaluation import Score, score
 from measure import relative_error
 from safetensors.torch import load_file, save_file
+from small_models import locked
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -175,22 +176,27 @@ def kept_rows(model: nn.Module, test_sets: TestSets, folder: Path) -> Rows:
             digest.update(tensor.cpu().numpy().tobytes())
     file = folder / f"{digest.hexdigest()[:16]}.safetensors"
     if not file.exists():
-        head = take_head_off(model, test_sets)
-        rows = {
-            f"{name}/{index}": _logits_of(model)(**batch.inputs).flatten(0, 1)[batch.where].cpu()
-            for name, batches in test_sets.items()
-            for index, batch in enumerate(tqdm(batches, f"float, {name}", leave=False))
-        }
-        put_head_on(model, head)
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".unfinished")
-        save_file(rows, unfinished)
-        unfinished.rename(file)
+        with locked(folder):
+            if not file.exists():
+                _make_rows(model, test_sets, file)
     rows = load_file(file)
     return {
         name: [rows[f"{name}/{index}"] for index in range(len(batches))]
         for name, batches in test_sets.items()
     }
+
+
+def _make_rows(model: nn.Module, test_sets: TestSets, file: Path) -> None:
+    head = take_head_off(model, test_sets)
+    rows = {
+        f"{name}/{index}": _logits_of(model)(**batch.inputs).flatten(0, 1)[batch.where].cpu()
+        for name, batches in test_sets.items()
+        for index, batch in enumerate(tqdm(batches, f"float, {name}", leave=False))
+    }
+    put_head_on(model, head)
+    unfinished = file.with_suffix(".unfinished")
+    save_file(rows, unfinished)
+    unfinished.rename(file)
 
 
 # ------------------------------------------------------------------ the head

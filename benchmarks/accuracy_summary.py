@@ -44,8 +44,26 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def find_row(
+    rows: Sequence[Mapping[str, Any]], key: Mapping[str, Any], *, any_source: bool = False
+) -> Mapping[str, Any] | None:
+    """The last row that agrees with the key; `any_source`: of whatever code and compiler."""
+    ignored = ("source", "config", "compiler") if any_source else ()
+    wanted = {name: value for name, value in key.items() if name not in ignored}
+    fitting = (row for row in reversed(rows) if all(row[n] == v for n, v in wanted.items()))
+    return next(fitting, None)
+
+
 def summarise(rows: Sequence[Row], environment: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON of `--out`. What the rows do not suffice for is left out."""
+    """The JSON of `--out`. What the rows do not suffice for is left out.
+
+    A row that was scored under two compilers counts once, as it comes first; `compilers` has its NLL under each.
+    """
+    compilers = _under_compilers(rows)
+    first: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        first.setdefault(_checkpoint(row), row)
+    rows = list(first.values())
     return {
         "environment": {**environment, "measured": _measured(rows)},
         "results": list(_results(rows)),
@@ -54,7 +72,22 @@ def summarise(rows: Sequence[Row], environment: Mapping[str, Any]) -> dict[str, 
         "tokens_scored": {row["model"]: sum(row["scored"].values()) for row in rows},
         **_vlm_dnll(rows),
         "predictor_ranking": _predictor_ranking(rows),
+        "compilers": compilers,
     }
+
+
+def _checkpoint(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("model", "method", "format", "seed"))
+
+
+def _under_compilers(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The NLL under each compiler of every checkpoint that was scored under more than one."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        key = {name: row[name] for name in ("model", "method", "format", "seed")}
+        values = found.setdefault(_checkpoint(row), {**key, "nll": {}})["nll"]
+        values[row["compiler"]] = row["metrics"]["nll"]
+    return [one for one in found.values() if len(one["nll"]) > 1]
 
 
 def _results(rows: Iterable[Row]) -> Iterable[dict[str, Any]]:
@@ -166,6 +199,7 @@ def _predictor_ranking(rows: Sequence[Row]) -> dict[str, float]:
 
 COLUMNS = (
     "nll",
+    "gap",
     "perplexity",
     "kl",
     "accuracy",
@@ -176,6 +210,7 @@ COLUMNS = (
 )
 HEADS = {
     "nll": "NLL",
+    "gap": "above float",
     "kl": "KL to float",
     "exact_match": "exact match",
     "of_bf16": "bytes / bf16",
@@ -187,6 +222,10 @@ HEADS = {
 def method_table(results: Sequence[Row], model: str, format_: str) -> list[list[str]]:
     """Head and one row per method: mean over seeds, ± their standard deviation."""
     there = [r for r in results if r["model"] == model and r["format"] in (format_, "float")]
+    nll = [r for r in there if r["metric"] == "nll"]
+    for of_float in (r["value"] for r in nll if r["format"] == "float"):
+        gaps = [{**r, "metric": "gap", "value": r["value"] - of_float} for r in nll]
+        there += [gap for gap in gaps if gap["format"] != "float"]
     columns = [c for c in COLUMNS if any(r["metric"] == c for r in there)]
     lines = [["method", *(HEADS.get(c, c) for c in columns)]]
     for method in dict.fromkeys(r["method"] for r in there):
@@ -245,6 +284,10 @@ def headlines(summary: Mapping[str, Any]) -> list[str]:
         lines.append(f"{left}, {model} W4A4: {ratios(values)}")
     if "vlm_dnll" in summary:
         lines.append(f"NLL of the answers above float, vlm W4A4: {summary['vlm_dnll']:+.4f}")
+    for one in summary["compilers"]:
+        values = ", ".join(f"{name} {nll:.4f}" for name, nll in one["nll"].items())
+        what = f"{one['model']} {one['format'].upper()}, {one['method']}, seed {one['seed']}"
+        lines.append(f"NLL under both compilers, {what}: {values}")
     for model, share in summary["predictor_ranking"].items():
         lines.append(f"plans ranked rightly by the predictor, groups of {model}: {share:.3f}")
     return lines

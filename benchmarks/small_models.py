@@ -17,12 +17,14 @@ are left out: `evaluation.py` measures, the demos sample.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import re
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,9 +90,23 @@ NUM_PATCHES = 64  # a 64x64 picture as 8x8 patches of 8x8 pixels
 def obtain(source: Source, cache: Path = CACHE) -> Path:
     """Folder with a model's config, weights and tokenizer; made on the first call."""
     folder = cache / source.folder_name
-    if (folder / "model.safetensors").exists():
-        return folder
+    if not (folder / "model.safetensors").exists():
+        with locked(folder):
+            if not (folder / "model.safetensors").exists():
+                _convert(source, folder)
+    return folder
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time: others that would make the same thing in a folder wait, and find it made."""
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _convert(source: Source, folder: Path) -> None:
     gguf_folder = _download_gguf(source, folder / "download")
     print("converting the GGUF to safetensors (once, about half a minute)", flush=True)
     # Why not save_pretrained: it refuses a model that was loaded from GGUF.
@@ -105,7 +121,6 @@ def obtain(source: Source, cache: Path = CACHE) -> Path:
     unfinished = folder / "unfinished.safetensors"
     save_file(weights, unfinished, metadata={"format": "pt"})
     unfinished.rename(folder / "model.safetensors")  # last, so that an interrupted run starts over
-    return folder
 
 
 def _download_gguf(source: Source, folder: Path) -> Path:

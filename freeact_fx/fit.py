@@ -158,5 +158,7 @@ def _fitted(plans: dict[str, int], moments: GroupMoments) -> list[Candidate]:
 
 def _candidate(label: str, fitted: GroupTransform, moments: GroupMoments) -> Candidate:
     sides = weight_sides(fitted, moments.statistics)
-    predicted = predicted_errors(fitted, [side.rest for side in sides], moments)
+    rest = [side.rest for side in sides]
+    branches = [side.branch for side in sides if side.branch is not None]
+    predicted = predicted_errors(fitted, rest, moments, branches)
     return Candidate(label, fitted, sides, predicted)

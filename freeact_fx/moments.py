@@ -137,10 +137,13 @@ def columns_of_type(fitted: GroupTransform, index: int) -> Tensor | None:
     """The branch's columns [K', R] fp32 that tokens of a type use; None without any."""
     if fitted.lowrank is None:
         return None
-    columns = branch_columns(fitted.lowrank)
-    if not fitted.own_rank:
-        return columns
-    return columns[:, index * fitted.own_rank : (index + 1) * fitted.own_rank]
+    return branch_columns(fitted.lowrank)[:, branch_of_type(fitted, index)]
+
+
+def branch_of_type(fitted: GroupTransform, index: int) -> slice:
+    """Which of the branch's columns tokens of a type use."""
+    start = index * fitted.own_rank
+    return slice(start, start + fitted.own_rank) if fitted.own_rank else slice(None)
 
 
 def scaled(matrix: Tensor, scale: Tensor | None) -> Tensor:

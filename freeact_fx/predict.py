@@ -5,10 +5,14 @@ about ``c(K')`` times their mean square, evenly spread (``rounding_noise``). So 
 in slice i, with second moment ``Z`` of what is rounded (the branch taken off), is wrong by::
 
     (c_activation + c_weight) tr(Z) |W'_i|^2 / k_i   +   what a narrow slice drops (plan paper)
+                                                     +   the branch's own rounding, tr(C dV dV^T)
 
-and this is stated relative to the energy of the type's outputs, about zero: relative to the energy about the mean,
-types with a strong mean would look as if they needed the same care. GPTQ, errors of the branch and of the tables by
-type are left out: all plans have about the same part of them.
+with C the second moment of the branch's coefficients and dV what 8 bits change of its weight: as much as all the rest
+where a few of a Linear's outputs are loud (a row of the branch has one scale) or a type's outputs are faint beside what
+the branch adds to them and the bias table takes away. And this is stated relative to the
+energy of the type's outputs, about zero: relative to the energy about the mean, types with a strong mean would look as
+if they needed the same care. GPTQ and errors of the tables by type are left out: all plans have about the same part of
+them.
 """
 
 from __future__ import annotations
@@ -21,38 +25,60 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .moments import GroupMoments, columns_of_type, factors_of_slice, kronecker_trace, scaled
+from .moments import (
+    GroupMoments,
+    branch_of_type,
+    columns_of_type,
+    factors_of_slice,
+    kronecker_trace,
+    scaled,
+)
 from .reference import kronecker
-from .transform import GroupTransform
+from .transform import GroupTransform, quantize_branch
 
 ErrorsByLinear = dict[str, dict[str, float]]
 
 
 def predicted_errors(
-    fitted: GroupTransform, weights: Sequence[Tensor], moments: GroupMoments
+    fitted: GroupTransform,
+    weights: Sequence[Tensor],
+    moments: GroupMoments,
+    branches: Sequence[Tensor] = (),
 ) -> ErrorsByLinear:
     """Squared error of each Linear's outputs relative to their energy, by type name.
 
-    weights  [N, K'] fp32 of each Linear: what is rounded (``GroupTransform.split_branch``)
+    weights   [N, K'] fp32 of each Linear: what is rounded (``GroupTransform.split_branch``)
+    branches  [R, N] of each Linear, before rounding; none without a branch
     """
     statistics, config = moments.statistics, moments.statistics.config
     names = (*config.type_names, "untyped")
     d2 = fitted.right.shape[-1]
     sizes = [width * d2 for width in fitted.widths]
     weight_energy = [[float(part.square().sum()) for part in w.split(sizes, 1)] for w in weights]
+    changes = [_rounding_of(branch) for branch in branches]
     errors: ErrorsByLinear = {name: {} for name in statistics.names}
     for index in moments.seen:
         own = scaled(moments.own(index, centred=fitted.shift is not None), fitted.channel_scale)
         at = fitted.slice_of_type[index]
+        energy, coefficients = _rounded_energy(fitted, own, index)
         noise = rounding_noise(sizes[at], config.qmax) + rounding_noise(sizes[at], 7)
-        noise *= _rounded_energy(fitted, own, moments, index) / sizes[at]
+        noise *= energy / sizes[at]
         dropped = _dropped_moment(fitted, own, at)
         for j, name in enumerate(statistics.names):
             error = noise * weight_energy[j][at]
             if dropped is not None:
                 error += float((dropped * moments.grams[j]).sum())
+            if coefficients is not None:
+                change = changes[j][branch_of_type(fitted, index)]
+                error += float((coefficients * (change @ change.t())).sum())
             errors[name][names[index]] = error / max(moments.energies[index][j], 1e-30)
     return errors
+
+
+def _rounding_of(branch: Tensor) -> Tensor:
+    """What 8 bits change of a branch's weight [R, N], fp32."""
+    codes, scale = quantize_branch(branch)
+    return (codes * scale.unsqueeze(1) - branch).float()
 
 
 def mean_error(errors: ErrorsByLinear) -> float:
@@ -106,23 +132,22 @@ def rounding_noise(num_codes: int, qmax: int) -> float:
 
 
 def _rounded_energy(
-    fitted: GroupTransform, moment: Tensor, moments: GroupMoments, index: int
-) -> float:
-    """Mean of ``|z|^2`` for tokens of a type, their branch taken off; moment [K, K] fp32 of scaled channels."""
+    fitted: GroupTransform, moment: Tensor, index: int
+) -> tuple[float, Tensor | None]:
+    """For tokens of a type, of the second moment [K, K] fp32 of their scaled channels: the mean of ``|z|^2``, their
+    branch taken off, and the second moment [R, R] of the branch's coefficients (None without a branch).
+    """
     left, right = factors_of_slice(fitted, fitted.slice_of_type[index])
-    energy = kronecker_trace(moment, left, right)
+    energy = float(kronecker_trace(moment, left, right))
     columns = columns_of_type(fitted, index)
-    if columns is not None:
-        # What columns take from the tokens that they were fitted to says too much where those are few.
-        unseen = moments.shrunk(index, fitted.num_features, centred=fitted.shift is not None)
-        # P U as [R, K]; z loses c U^T with c = u U.
-        rows = columns.t().reshape(-1, left.shape[1], right.shape[0])
-        directions = (left @ rows @ right.t()).flatten(1)
-        if fitted.channel_scale is not None:
-            directions = directions * fitted.channel_scale
-        inner = directions @ unseen @ directions.t()
-        energy = energy - 2 * inner.trace() + (inner * (columns.t() @ columns)).sum()
-    return float(energy)
+    if columns is None:
+        return energy, None
+    # P U as [R, K]; z loses c U^T with c = u U. Of the same tokens as the energy, or it would lose more than it has.
+    rows = columns.t().reshape(-1, left.shape[1], right.shape[0])
+    directions = (left @ rows @ right.t()).flatten(1)
+    inner = directions @ moment @ directions.t()
+    lost = 2 * inner.trace() - (inner * (columns.t() @ columns)).sum()
+    return max(energy - float(lost), 0.0), inner
 
 
 def _dropped_moment(fitted: GroupTransform, moment: Tensor, at: int) -> Tensor | None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .gptq import damped, gptq
-from .moments import GroupMoments, columns_of_type, transformed_moment
+from .moments import GroupMoments, branch_of_type, columns_of_type, transformed_moment
 from .predict import ErrorsByLinear, rounding_noise
 from .reference import epilogue, pack_int4, quantize_tokens, rows_of_type, transform
 from .statistics import GroupStatistics
@@ -255,8 +255,7 @@ def _hessian(
         if columns is None or not columns.shape[1]:
             zz += u
             continue
-        start = index * fitted.own_rank
-        mine = slice(start, start + columns.shape[1])
+        mine = branch_of_type(fitted, index)
         u_c = u @ columns
         inner = columns.t() @ u_c
         z_c = u_c - columns @ inner

@@ -20,6 +20,7 @@ from accuracy_scoring import Request, put_head_on, take_head_off
 from accuracy_summary import (
     fill_document,
     gap_closed,
+    headlines,
     metric_by_seed,
     plot,
     read_rows,
@@ -53,7 +54,7 @@ def row(
 ) -> dict[str, Any]:
     fields = {"ranking": 0.25, "num_groups": 120, **fields}
     metrics = {name: fields.pop(name) for name in ("nll", "kl", "exact_match") if name in fields}
-    key = {"model": model, "method": method, "format": format_, "seed": seed}
+    key = {"model": model, "method": method, "format": format_, "seed": seed, "compiler": "eager"}
     rest = {"environment": {"cpu": "a"}, "scored": {"wiki": 6, "gsm": 4}, "score_s": 600.0}
     return {**key, "metrics": metrics, **rest, **fields}
 
@@ -135,11 +136,23 @@ def test_summary_has_the_promised_keys() -> None:
     assert summary["predictor_ranking"] == {**ranking, "all": (120 + 20 + 2 * 30) / 400}
 
 
+def test_two_compilers_are_one_row_and_a_comparison() -> None:
+    again = {**row("dllm", "default", 1, nll=2.3, kl=0.06), "compiler": "inductor"}
+    summary = summarise([*DLLM, again], {})
+    assert summary["results"] == summarise(DLLM, {})["results"]
+    key = {"model": "dllm", "method": "default", "format": "w4a4", "seed": 1}
+    assert summary["compilers"] == [{**key, "nll": {"eager": 2.2, "inductor": 2.3}}]
+    line = "NLL under both compilers, dllm W4A4, default, seed 1: eager 2.2000, inductor 2.3000"
+    assert line in headlines(summary)
+
+
 def test_table_shows_mean_and_spread_of_each_method() -> None:
     rows = tables(summarise(DLLM, {}))["dllm", "w4a4"]
-    assert rows[0] == ["method", "NLL", "KL to float", "score, s"]
-    assert rows[1] == ["float", "2.0000", "", "600"]
-    assert rows[2] == ["default", "2.1500 ± 0.0707", "0.0550 ± 0.0071", "600"]
+    assert rows[0] == ["method", "NLL", "above float", "KL to float", "score, s"]
+    assert rows[1] == ["float", "2.0000", "", "", "600"]
+    assert rows[2] == ["default", "2.1500 ± 0.0707", "0.1500 ± 0.0707", "0.0550 ± 0.0071", "600"]
+    rows = tables(summarise(DLLM[1:], {}))["dllm", "w4a4"]
+    assert rows[0] == ["method", "NLL", "KL to float", "score, s"]  # above what?
 
 
 def test_document_keeps_what_is_outside_the_marks(tmp_path: Path) -> None:
@@ -149,9 +162,9 @@ def test_document_keeps_what_is_outside_the_marks(tmp_path: Path) -> None:
     fill_document(file, summarise(DLLM, {}), {"default": "ours"})
     text = file.read_text()
     assert text.startswith(
-        "prose\n<!-- begin dllm w4a4 -->\n| method | NLL | KL to float | score, s |\n|---|"
+        "prose\n<!-- begin dllm w4a4 -->\n| method | NLL | above float | KL to float | score, s |\n|---|"
     )
-    assert "| default | 2.1500 ± 0.0707 | 0.0550 ± 0.0071 | 600 |\n" in text
+    assert "| default | 2.1500 ± 0.0707 | 0.1500 ± 0.0707 | 0.0550 ± 0.0071 | 600 |\n" in text
     assert text.endswith("more\n" + marks.format("vlm w4a4"))
 
 
@@ -194,24 +207,10 @@ def test_a_row_stands_only_for_its_own_key() -> None:
 
 def test_a_run_stops_when_its_source_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accuracy, "source_digest", lambda method: "before")
-    benchmark = accuracy.Benchmark(Namespace(compiler="eager"), None, accuracy.Sizes())
+    benchmark = accuracy.Benchmark(Namespace(), None, accuracy.Sizes())
     monkeypatch.setattr(accuracy, "source_digest", lambda method: "after")
     with pytest.raises(SystemExit, match="source has changed"):
-        benchmark.measure(accuracy.Job("dllm", "default", "w4a4", 0))
-
-
-def test_jobs_name_float_once_and_ablations_where_they_belong() -> None:
-    methods = dict.fromkeys(("dllm", "gemma3"), ("float", "default", "shift"))
-    both = ("w4a4", "w4a8")
-    jobs = list(accuracy.jobs_of(list(methods), methods, both, (0, 1), all_asked_for=False))
-    counted = [(j.model, j.method, j.format) for j in jobs]
-    assert counted.count(("dllm", "float", "float")) == 1
-    assert counted.count(("gemma3", "default", "w4a8")) == 2
-    assert [j for j in jobs if j.method == "shift"] == [
-        accuracy.Job("dllm", "shift", "w4a4", seed) for seed in (0, 1)
-    ]
-    asked = list(accuracy.jobs_of(["gemma3"], methods, ("w4a8",), (0,), all_asked_for=True))
-    assert accuracy.Job("gemma3", "shift", "w4a8", 0) in asked
+        benchmark.measure(accuracy.Job("dllm", "default", "w4a4", 0, "eager"))
 
 
 def test_every_method_has_a_legal_config() -> None:
@@ -396,35 +395,6 @@ def test_a_masked_model_needs_its_mask() -> None:
         HubModel("a model", "dllm", "text.txt")
 
 
-@pytest.mark.parametrize("num", [1, 2, 3])
-def test_shards_are_all_rows_each_once(num: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: list[accuracy.Job] = []
-    monkeypatch.setattr(accuracy, "measure_all", lambda _, jobs, parts: measured.extend(jobs) or [])
-    monkeypatch.setattr(accuracy, "plot", lambda *_: None)
-    rows = "accuracy.py --models vlm gemma3 --parts nowhere.jsonl"
-    for index in range(num):
-        before = len(measured)
-        monkeypatch.setattr(sys, "argv", [*rows.split(), "--shard", f"{index}/{num}"])
-        accuracy.main()
-        assert len(measured) - before > 60 // num
-    assert len(set(measured)) == len(measured)
-    shards = set(measured)
-    measured.clear()
-    monkeypatch.setattr(sys, "argv", rows.split())
-    accuracy.main()
-    assert set(measured) == shards
-
-
-@pytest.mark.parametrize("words", ["2/2", "-1/2", "1", "a/b"])
-def test_a_shard_that_is_none(
-    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["accuracy.py", f"--shard={words}"])
-    with pytest.raises(SystemExit):
-        accuracy.parse_arguments()
-    assert "--shard" in capsys.readouterr().err
-
-
 # ------------------------------------------------------------------ the whole walk
 
 
@@ -448,14 +418,15 @@ def test_any_model_id_through_a_fresh_process(
     command = (
         f"accuracy.py --model-id {tmp_path}/model --kind dllm --mask-token-id {VOCABULARY - 1} "
         f"--text-file {tmp_path}/text.txt --methods float default --formats w4a8 --seeds 0 "
-        f"--compiler eager --calibration-windows 2 --windows 2 --layer-step 2 --cache {tmp_path}/cache "
+        f"--compiler eager --workers 2 --calibration-windows 2 --windows 2 --layer-step 2 --cache {tmp_path}/cache "
         f"--parts {tmp_path}/rows.jsonl --plot {tmp_path}/plot.png --out {tmp_path}/out.json"
     )
     monkeypatch.setattr(sys, "argv", command.split())
     accuracy.main()
     rows = read_rows(tmp_path / "rows.jsonl")
-    assert [r["method"] for r in rows] == ["float", "default"]
-    assert rows[1]["quantised"] == "7 of 14 Linears"  # one of two layers
+    of_method = {r["method"]: r for r in rows}  # in the order in which they were finished
+    assert of_method.keys() == {"float", "default"}
+    assert of_method["default"]["quantised"] == "7 of 14 Linears"  # one of two layers
     summary = json.loads((tmp_path / "out.json").read_text())
     model = f"{tmp_path}/model"
     found = {r["metric"]: r["value"] for r in summary["results"] if r["method"] == "default"}

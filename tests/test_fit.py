@@ -24,7 +24,14 @@ from freeact_fx.narrow_slices import best_widths
 from freeact_fx.plans import fit_transform, strongest_directions, with_branch
 from freeact_fx.predict import mean_error, predicted_errors, ranking_share, rounding_noise
 from freeact_fx.reference import epilogue, quantize_tokens, transform, transform_quantize
-from freeact_fx.round_group import refitted, search_clip, weight_sides
+from freeact_fx.round_group import (
+    Sample,
+    measured_errors,
+    refitted,
+    round_group,
+    search_clip,
+    weight_sides,
+)
 from freeact_fx.statistics import GroupStatistics
 from freeact_fx.token_types import TokenTypes
 from freeact_fx.transform import GroupTransform, pack_linear
@@ -335,6 +342,31 @@ def test_prediction_is_near_the_measurement(case: str) -> None:
     """Within a factor of 1.5 for every plan, Gaussian tokens and codes to nearest."""
     for label, plan in fit_group(planted(case))[2]["plans"].items():
         assert 1 / 1.5 < plan["predicted"] / plan["measured"] < 1.5, label
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("loud", [1, 100], ids=["even outputs", "a loud output"])
+def test_prediction_of_a_branch_is_near_the_measurement(loud: float, own: bool) -> None:
+    """By type: of a few alike and faint tokens too, and where 8 bits are too coarse for the branch's weight."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    many = 3 * normal(600, 8) @ normal(8, 96) + 0.3 * normal(600, 96)
+    few = 0.1 * (normal(96) + 0.1 * normal(20, 96))
+    weight = normal(64, 96)
+    weight[0] = loud * weight[0]
+    statistics = statistics_of(config_of(2), [many, few], [weight])
+    moments = GroupMoments.of(statistics.without_held_out())
+    fitted = with_branch(fit_transform("branch", moments), moments, 16, own=own)
+    fitted = search_clip(fitted, statistics)
+    (side,) = sides = weight_sides(fitted, statistics)
+    linears = round_group(fitted, sides, moments, by_gptq=False)
+    measured = measured_errors(fitted, linears, Sample.of(statistics, held_out=True))["linear0"]
+    predicted = predicted_errors(fitted, [side.rest], moments, [side.branch])["linear0"]
+    for name, error in measured.items():
+        assert 1 / 1.5 < predicted[name] / error < 1.5, name
 
 
 def test_share_of_groups_ranked_rightly() -> None:
