@@ -114,8 +114,8 @@ def _swap_branch(transform: Node) -> bool:
     tensors, static = transform.args[:8], transform.args[8:]
     _, types, *_, left, right, clip, lowrank = tensors
     widths, slice_of_type, default_type, own_rank, qmax = static
-    shapes = (n.meta["val"] for n in (left, right, lowrank))
-    if not takes_branch(*shapes, widths, qmax):
+    factors = left.meta["val"], right.meta["val"]
+    if not takes_branch(*factors, lowrank.meta["val"], widths, qmax):
         return False
     graph = transform.graph
     with graph.inserting_before(transform):

@@ -218,7 +218,7 @@ def engine_branch_quantize(
     flat, lead = z.reshape(-1, z.shape[-1]), z.shape[:-1]
     types = None if token_type is None else token_type.reshape(-1)
     static = (default_type, own_rank, qmax)
-    if is_hopper(z.device):
+    if has_kernels(z.device):
         from .kernels.hopper_branch_quantize import hopper_branch_quantize
 
         operands = (flat.contiguous(), columns.contiguous(), types, clip.contiguous())

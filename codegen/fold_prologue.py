@@ -71,11 +71,9 @@ def _transforms(graph: Graph) -> Iterable[Node]:
 
 def _has_kernel(transform: Node, prologue: str) -> bool:
     """Whether a transform that leaves its values unrounded, which one kernel alone does, may have that in front."""
-    left: Any
-    right: Any
-    left, right, (*_, qmax) = transform.args[4], transform.args[5], transform.args
-    widths: Any = transform.args[_NUM_OPERANDS]
-    return qmax != 0 or fits_hopper_transform(left.meta["val"], right.meta["val"], widths, prologue)
+    args: Any = transform.args
+    left, right = args[4].meta["val"], args[5].meta["val"]
+    return args[-1] != 0 or fits_hopper_transform(left, right, args[_NUM_OPERANDS], prologue)
 
 
 def _cast(graph: Graph, before: Node, node: Node, wanted: torch.dtype) -> Node:

@@ -40,7 +40,7 @@ def fuse_linear(graph: Graph, product: Node, output: Node) -> bool:
     if targets[:2] != 2 * [aten.mul.Tensor] or set(targets[2:]) - {aten.add.Tensor}:
         return False
     addends: list[Any] = [step.args[1] for step in steps[2:]]
-    branch = addends.pop(0) if addends and _is_branch(addends[0]) else None
+    branch: Any = addends.pop(0) if addends and _is_branch(addends[0]) else None
     rank = 0 if branch is None else branch.args[0].meta["val"].shape[-1]
     if len(addends) > 1 or not takes_linear(codes.meta["val"], weight.meta["val"], dtype, rank):
         return False
@@ -53,17 +53,17 @@ def fuse_linear(graph: Graph, product: Node, output: Node) -> bool:
     types = _types_of(codes, weight_scale, bias)
     if types is None or len(types[2]) > MOST_TYPES:
         return False
-    scales = (steps[0].args[1], weight, weight_scale.table)
-    of_branch = ()
-    if branch is not None:
-        coefficients, *of_weight = branch.args
-        one = ONE_IN_SUMS[codes.meta["val"].dtype]
-        with graph.inserting_before(output):
-            of_branch = (
-                coefficients_of_linear(coefficients, scales[0]),
-                branch_of_linear(*of_weight, weight_scale.table, one),
-            )
+    scale: Any = steps[0].args[1]
+    of_branch: tuple[Node, ...] = ()
     with graph.inserting_before(output):
+        if branch is not None:
+            coefficients, branch_weight, branch_scale = branch.args
+            one = ONE_IN_SUMS[codes.meta["val"].dtype]
+            of_branch = (
+                coefficients_of_linear(coefficients, scale),
+                branch_of_linear(branch_weight, branch_scale, weight_scale.table, one),
+            )
+        scales = (scale, weight, weight_scale.table)
         args = (codes, *scales, bias.table, *types, dtype, *of_branch)
         fused = graph.call_function(freeact.engine_linear.default, args)
     fused.meta["val"] = output.meta["val"]

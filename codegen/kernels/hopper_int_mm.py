@@ -333,7 +333,7 @@ def tile_rows(ptr, NUM_ROWS: gl.constexpr, n, N):
     """Of each of the rows of a table [NUM_ROWS, N] the part that is for a tile's outputs."""
     rows = ()
     for number in gl.static_range(NUM_ROWS):
-        rows = rows + (gl.load(ptr + number * N + n, n < N, 0.0),)  # noqa: RUF005 (Triton unpacks no tuple)
+        rows = rows + (gl.load(ptr + number * N + n, n < N, 0.0),)  # type: ignore[assignment]  # noqa: RUF005 (Triton unpacks no tuple)
     return rows
 
 
