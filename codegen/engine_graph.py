@@ -6,10 +6,12 @@
                                           └─ int_mm                                           └─ engine_int_mm
 
 Codes in engine order live only between the two. Codes that come from elsewhere (a branch's transform, which Inductor
-makes out of plain ops) are reordered in front of the product.
+makes out of plain ops but on Hopper) are reordered in front of the product.
 
-On Hopper ``fuse_linear`` makes one ``engine_linear`` of a product with its scales and its bias table. Elsewhere, and
-where something else is among them, they stay pointwise ops that Inductor makes the epilogue of the product's template.
+On Hopper a branch's transform is one that leaves its values in bf16, and ``engine_branch_quantize`` of them.
+``fuse_linear`` makes one ``engine_linear`` there of a product with its scales, its branch and its bias table.
+Elsewhere, and where something else is among them, they stay pointwise ops that Inductor makes the epilogue of the
+product's template.
 
 Under ``mode="max-autotune"`` the tiles of the ``engine_linear``s are measured (``tune_linear``). ``fold_prologue`` puts
 norms and activations into the transforms.
@@ -24,9 +26,11 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from .engine_ops import has_kernels, takes_codes
+from .branch_nodes import in_fp32, pad_columns
+from .engine_ops import has_kernels, takes_branch, takes_codes
 from .fold_prologue import fold_activations, fold_norms
 from .fuse_linear import fuse_linear
+from .graph_nodes import add_call
 from .tune_linear import tune_linears
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -93,11 +97,51 @@ def _swap_producer(codes: Node) -> bool:
         return False
     transform = codes.args[0]
     assert isinstance(transform, Node)
-    if transform.target is not freeact.transform_quantize.default or not all(
-        user.target is freeact.int_mm.default for user in codes.users
-    ):
+    if not all(user.target is freeact.int_mm.default for user in codes.users):
         return False
-    transform.target = freeact.engine_transform_quantize.default
+    if transform.target is freeact.transform_quantize.default:
+        transform.target = freeact.engine_transform_quantize.default
+        return True
+    return _swap_branch(transform)
+
+
+def _swap_branch(transform: Node) -> bool:
+    """Take a transform with a branch apart, if it is one and kernels have its shapes."""
+    if transform.target is not freeact.transform_quantize_branch.default:
+        return False
+    tensors: Any
+    static: Any
+    tensors, static = transform.args[:8], transform.args[8:]
+    _, types, *_, left, right, clip, lowrank = tensors
+    widths, slice_of_type, default_type, own_rank, qmax = static
+    factors = left.meta["val"], right.meta["val"]
+    if not takes_branch(*factors, lowrank.meta["val"], widths, qmax):
+        return False
+    graph = transform.graph
+    with graph.inserting_before(transform):
+        in_bf16 = add_call(graph, prims.convert_element_type.default, lowrank, torch.bfloat16)
+        by_rows = {"memory_format": torch.contiguous_format}
+        columns = add_call(graph, aten.clone.default, pad_columns(in_bf16), **by_rows)
+        unrounded = (*tensors[:7], widths, slice_of_type, default_type, 0)
+        transformed = add_call(graph, freeact.engine_transform_quantize.default, *unrounded)
+        z = add_call(graph, operator.getitem, transformed, 0)
+    rounded = (z, columns, types, clip, default_type, own_rank, qmax)
+    with graph.inserting_before(transform):
+        quantized = add_call(graph, freeact.engine_branch_quantize.default, *rounded)
+        # Columns that are not yet by rows, Inductor is to write so.
+        values = torch.fx.node.map_arg(rounded, lambda n: n.meta["val"])
+        quantized.meta["eager_input_vals"] = values, {}
+        scale = add_call(graph, operator.getitem, quantized, 1)
+    for result in list(transform.users):
+        result.replace_input_with(transform, quantized)
+        if result.args[1] == 2:
+            readers = list(result.users)
+            result.meta["val"] = quantized.meta["val"][2]
+            with graph.inserting_after(result):
+                wide = in_fp32(result, scale, lowrank.meta["val"].shape[1])
+            for reader in readers:
+                reader.replace_input_with(result, wide)
+    graph.erase_node(transform)
     return True
 
 
@@ -107,17 +151,8 @@ def _reorder(graph: Graph, codes: Node) -> Node:
     with graph.inserting_before(codes.next):
         as_bytes = codes
         if dtype != torch.int8:
-            as_bytes = _call(graph, aten.view.dtype, codes, torch.int8)
-        even = _call(graph, aten.slice.Tensor, as_bytes, -1, 0, last, 2)
-        odd = _call(graph, aten.slice.Tensor, as_bytes, -1, 1, last, 2)
-        ordered = _call(graph, aten.cat.default, [even, odd], -1)
-        return ordered if dtype == torch.int8 else _call(graph, aten.view.dtype, ordered, dtype)
-
-
-def _call(graph: Graph, op: Any, *args: Any) -> Node:
-    node = graph.call_function(op, args)
-    values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
-    fakes = [n.meta["val"] for n in node.all_input_nodes]
-    with fakes[0].fake_mode:
-        node.meta["val"] = op(*values)
-    return node
+            as_bytes = add_call(graph, aten.view.dtype, codes, torch.int8)
+        even = add_call(graph, aten.slice.Tensor, as_bytes, -1, 0, last, 2)
+        odd = add_call(graph, aten.slice.Tensor, as_bytes, -1, 1, last, 2)
+        ordered = add_call(graph, aten.cat.default, [even, odd], -1)
+        return ordered if dtype == torch.int8 else add_call(graph, aten.view.dtype, ordered, dtype)

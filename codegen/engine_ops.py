@@ -6,6 +6,9 @@ each (``kernels/int_mm``)::
     plain   x0 x1 x2 x3 x4 x5        engine   x0 x2 x4 | x1 x3 x5
 
 * ``freeact::engine_transform_quantize``   one kernel per group; ``prologue_ops`` has those with what precedes it
+* ``freeact::engine_branch_quantize``      one more per group with a branch, whose transform leaves its values in bf16
+  (Hopper)
+* ``freeact::engine_branch_product``       a Linear's part of it, where ``engine_linear`` does not take it (Hopper)
 * ``freeact::engine_int_mm``               one kernel per Linear; a template that Inductor fuses the epilogue into
 * ``freeact::engine_linear``               one kernel per Linear that brings its epilogue along (Hopper)
 
@@ -28,9 +31,17 @@ from torch import Tensor
 from freeact_fx import reference
 
 from .prologue import NO_PROLOGUE, Prologue, before_transform
-from .tiles import LARGEST_NUM_CODES, fits_hopper, hopper_transform_tile
+from .tiles import (
+    LARGEST_NUM_CODES,
+    LARGEST_RANK,
+    branch_tile,
+    fits_hopper,
+    hopper_transform_tile,
+)
 
 E4M3 = torch.float8_e4m3fn
+# What the product of two codes that are 1 adds to the sums of ``engine_linear``'s kernel, by the dtype of its codes.
+ONE_IN_SUMS = {torch.int8: 16.0, E4M3: 2.0**-9}
 _Op = TypeVar("_Op", bound=Callable[..., object])
 
 
@@ -113,7 +124,7 @@ def engine_transform_quantize(
     default_type: int,
     qmax: int,
 ) -> tuple[Tensor, Tensor]:
-    """``freeact::transform_quantize`` to codes in engine order."""
+    """``freeact::transform_quantize`` to codes in engine order; for ``qmax`` 0 to what it would round, in bf16."""
     operands = (token_type, shift, channel_scale, left, right, clip)
     return run_transform(x, NO_PROLOGUE, *operands, widths, slice_of_type, default_type, qmax)
 
@@ -143,7 +154,7 @@ def run_transform(
     else:
         row = before_transform(flat, prologue)
         codes, scale, _ = reference.transform_quantize(row, *operands, None, *static, 0, qmax)
-        codes = to_engine_order(codes)
+        codes = to_engine_order(codes if qmax else codes.bfloat16())
     return codes.view(*lead, codes.shape[-1]), scale.reshape(*lead, 1).contiguous()
 
 
@@ -151,17 +162,25 @@ def _transform_kernel(
     left: Tensor, right: Tensor, widths: Sequence[int], qmax: int, prologue: Prologue
 ) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """The fastest kernel of a device for a transform, or None if none has its shape or format."""
-    if not has_kernels(left.device) or not makes_codes(left.device, qmax):
+    if not has_kernels(left.device):
         return None
     from .kernels import hopper_transform_quantize as hopper
     from .kernels import transform_quantize as portable
 
-    if not portable.is_supported(left, right, widths, qmax):
-        return None
-    tile = hopper_transform_tile(left.shape[0], tuple(widths), right.shape[-1], prologue.kind)
-    if qmax in (7, 448) and tile is not None and is_hopper(left.device):
+    on_hopper = qmax in (0, 7, 448) and is_hopper(left.device)
+    if on_hopper and fits_hopper_transform(left, right, widths, prologue.kind):
         return hopper.hopper_transform_quantize
+    if not makes_codes(left.device, qmax) or not portable.is_supported(left, right, widths, qmax):
+        return None
     return portable.transform_quantize
+
+
+def fits_hopper_transform(
+    left: Tensor, right: Tensor, widths: Sequence[int], prologue: str = "none"
+) -> bool:
+    """Whether the transform's kernel for Hopper has a shape; ``prologue`` is ``Prologue.kind``."""
+    shape = (left.shape[0], tuple(widths), right.shape[-1])
+    return hopper_transform_tile(*shape, prologue) is not None
 
 
 @engine_fake(engine_transform_quantize)
@@ -171,8 +190,96 @@ def _(x, token_type, shift, channel_scale, left, right, clip, *static):  # type:
 
 def fake_codes(x: Tensor, left: Tensor, right: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
     num_codes = left.shape[1] * right.shape[-1]
-    codes = x.new_empty((*x.shape[:-1], num_codes), dtype=E4M3 if qmax == 448 else torch.int8)
+    dtype = {0: torch.bfloat16, 448: E4M3}.get(qmax, torch.int8)
+    codes = x.new_empty((*x.shape[:-1], num_codes), dtype=dtype)
     return codes, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+@engine_op
+def engine_branch_quantize(
+    z: Tensor,
+    columns: Tensor,
+    token_type: Tensor | None,
+    clip: Tensor,
+    default_type: int,
+    own_rank: int,
+    qmax: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``freeact::transform_quantize_branch`` does after its transform.
+
+    z         [..., K'] bf16, in engine order
+    columns   [K', R] bf16: the codes of the branch; for the kernel R is a multiple of eight
+    own_rank  as there
+
+    Returns codes [..., K'] int8 or e4m3 in engine order, scale [..., 1] fp32 and coefficients [..., R] bf16, divided by
+    the scale.
+    """
+    flat, lead = z.reshape(-1, z.shape[-1]), z.shape[:-1]
+    types = None if token_type is None else token_type.reshape(-1)
+    static = (default_type, own_rank, qmax)
+    if has_kernels(z.device):
+        from .kernels.hopper_branch_quantize import hopper_branch_quantize
+
+        operands = (flat.contiguous(), columns.contiguous(), types, clip.contiguous())
+        codes, scale, coefficients = hopper_branch_quantize(*operands, *static)
+    else:
+        codes, scale, coefficients = _branch_quantize(flat, columns, types, clip, *static)
+    coefficients = coefficients.view(*lead, columns.shape[1])
+    return codes.view(z.shape), scale.view(*lead, 1), coefficients
+
+
+def _branch_quantize(
+    z: Tensor,
+    columns: Tensor,
+    types: Tensor | None,
+    clip: Tensor,
+    default_type: int,
+    own_rank: int,
+    qmax: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference with z and the coefficients rounded to bf16."""
+    columns = torch.cat([columns[0::2], columns[1::2]])
+    z, columns = z.float(), columns.float() * reference.column_step(columns.shape[0])
+    exact = reference.branch_coefficients(z, columns, types, default_type, own_rank)
+    rest = z - exact.bfloat16().float() @ columns.t()
+    clip_of_token = reference.rows_of_type(clip, types, default_type).unsqueeze(-1)
+    codes, scale = reference.quantize_tokens(rest, clip_of_token, qmax)
+    return codes, scale, (exact / scale).bfloat16()
+
+
+@engine_fake(engine_branch_quantize)
+def _(z, columns, token_type, clip, *static):  # type: ignore[no-untyped-def]
+    codes = z.new_empty(z.shape, dtype=E4M3 if static[-1] == 448 else torch.int8)
+    scale = z.new_empty((*z.shape[:-1], 1), dtype=torch.float32)
+    return codes, scale, z.new_empty((*z.shape[:-1], columns.shape[1]))
+
+
+@engine_op
+def engine_branch_product(
+    coefficients: Tensor, branch_weight: Tensor, branch_scale: Tensor
+) -> Tensor:
+    """``freeact::branch_product``, for ``fuse_linear`` to find; one that it leaves runs as it is."""
+    return reference.branch_product(coefficients, branch_weight, branch_scale)
+
+
+@engine_fake(engine_branch_product)
+def _(coefficients, branch_weight, branch_scale):  # type: ignore[no-untyped-def]
+    shape = (*coefficients.shape[:-1], branch_weight.shape[1])
+    return coefficients.new_empty(shape, dtype=torch.float32)
+
+
+def takes_branch(
+    left: Tensor, right: Tensor, lowrank: Tensor, widths: Sequence[int], qmax: int
+) -> bool:
+    """Whether kernels on Hopper make codes and coefficients of a branch."""
+    return (
+        is_hopper(left.device)
+        and qmax in (7, 448)
+        and lowrank.dtype == torch.int8
+        and len(widths) == 1
+        and fits_hopper_transform(left, right, widths)
+        and branch_tile(*lowrank.shape) is not None
+    )
 
 
 @engine_op
@@ -203,8 +310,10 @@ def engine_linear(
     slice_of_type: Sequence[int],
     default_type: int,
     dtype: torch.dtype,
+    coefficients: Tensor | None = None,
+    branch_weight: Tensor | None = None,
 ) -> Tensor:
-    """Product and epilogue in one: ``reference.epilogue`` without a branch.
+    """Product and epilogue in one: ``reference.epilogue``.
 
     codes         [..., K'] int8 or e4m3 in engine order, zeros outside of a token's slice
     scale         [..., 1] fp32
@@ -213,6 +322,8 @@ def engine_linear(
     bias_table    [P, N] fp32, or None
     token_type    [...] integers, or None: all tokens are ``default_type``
     slice_sizes   columns of each slice, even numbers; their sum is K'
+    coefficients  [..., R] bf16, divided by ``scale``, with branch_weight [R, N] bf16, divided by ``weight_scale`` and
+                  times ``ONE_IN_SUMS``, for plans of one slice; or None. Their product is added to the kernel's sums
 
     Returns [..., N] of ``dtype``. The kernel is for shapes that ``takes_linear`` and Hopper.
     """
@@ -230,10 +341,18 @@ def engine_linear(
             slice_of_type,
             default_type,
             dtype,
+            coefficients=None
+            if coefficients is None
+            else coefficients.reshape(-1, coefficients.shape[-1]).contiguous(),
+            branch_weight=None if branch_weight is None else branch_weight.contiguous(),
         )
         return out.view(*codes.shape[:-1], weight.shape[0])
+    product = engine_int_mm(codes, weight)
+    if coefficients is not None and branch_weight is not None:
+        of_branch = coefficients.float() @ branch_weight.float()
+        product = product + of_branch / ONE_IN_SUMS[codes.dtype]
     return reference.epilogue(
-        engine_int_mm(codes, weight),
+        product,
         scale,
         weight_scale,
         bias_table,
@@ -248,8 +367,8 @@ def engine_linear(
 
 
 @engine_fake(engine_linear)
-def _(codes, scale, weight, *rest):  # type: ignore[no-untyped-def]
-    return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=rest[-1])
+def _(codes, scale, weight, weight_scale, bias, types, sizes, slices, default, dtype, *branch):  # type: ignore[no-untyped-def]
+    return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
 def is_hopper(device: torch.device) -> bool:
@@ -257,9 +376,10 @@ def is_hopper(device: torch.device) -> bool:
     return has_kernels(device) and _capability(device)[0] == 9
 
 
-def takes_linear(codes: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether ``engine_linear`` is the kernel for a Linear on Hopper."""
-    return is_hopper(codes.device) and fits_hopper(codes.shape[-1], weight.shape[0], dtype.itemsize)
+def takes_linear(codes: Tensor, weight: Tensor, dtype: torch.dtype, rank: int = 0) -> bool:
+    """Whether ``engine_linear`` is the kernel for a Linear on Hopper; ``rank`` columns of its branch."""
+    fits = fits_hopper(codes.shape[-1], weight.shape[0], dtype.itemsize)
+    return is_hopper(codes.device) and fits and rank <= LARGEST_RANK
 
 
 @engine_op

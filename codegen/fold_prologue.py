@@ -20,6 +20,7 @@ import torch
 from torch.fx import Graph, Node
 
 from . import prologue_ops  # noqa: F401  (registers the ops)
+from .engine_ops import fits_hopper_transform
 from .prologue_patterns import find_activation, find_norm
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -32,7 +33,7 @@ def fold_activations(graph: Graph) -> None:
     for transform in _transforms(graph):
         y: Any = transform.args[0]
         found = find_activation(y)
-        if found is None:
+        if found is None or not _has_kernel(transform, found.kind):
             continue
         wanted = y.meta["val"].dtype
         rows = [found.gate] if found.up is None else [found.gate, found.up]
@@ -66,6 +67,13 @@ def _transforms(graph: Graph) -> Iterable[Node]:
         for node in graph.nodes
         if node.target is freeact.engine_transform_quantize.default and len(node.args[0].users) == 1
     ]
+
+
+def _has_kernel(transform: Node, prologue: str) -> bool:
+    """Whether a transform that leaves its values unrounded, which one kernel alone does, may have that in front."""
+    args: Any = transform.args
+    left, right = args[4].meta["val"], args[5].meta["val"]
+    return args[-1] != 0 or fits_hopper_transform(left, right, args[_NUM_OPERANDS], prologue)
 
 
 def _cast(graph: Graph, before: Node, node: Node, wanted: torch.dtype) -> Node:

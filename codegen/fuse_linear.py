@@ -2,7 +2,7 @@
 
 ::
 
-    before   engine_int_mm ── * scale ── * weight_scale[slice] ── + bias_table[type] ── cast
+    before   engine_int_mm ── * scale ── * weight_scale[slice] ── + engine_branch_product ── + bias_table[type] ── cast
     after    engine_linear
 
 A Linear with anything else among them stays as it was. Which columns of the codes are a slice is read off the transform
@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from .engine_ops import takes_linear
+from .branch_nodes import branch_of_linear, coefficients_of_linear
+from .engine_ops import ONE_IN_SUMS, takes_linear
 from .tiles import MOST_TYPES
 
 aten, freeact = torch.ops.aten, torch.ops.freeact
@@ -30,31 +31,48 @@ def fuse_linear(graph: Graph, product: Node, output: Node) -> bool:
     weight: Any
     codes, weight = product.args
     dtype = output.meta["val"].dtype
-    if not takes_linear(codes.meta["val"], weight.meta["val"], dtype):
-        return False
     chain = [product]
     while chain[-1] is not output:
         chain.extend(chain[-1].users)
     steps = chain[1:-1]
     targets = [step.target for step in steps]
     is_chain = all(step.args[0] is before for before, step in zip(chain, steps, strict=False))
-    if targets[:2] != 2 * [aten.mul.Tensor] or targets[2:] not in ([], [aten.add.Tensor]):
+    if targets[:2] != 2 * [aten.mul.Tensor] or set(targets[2:]) - {aten.add.Tensor}:
+        return False
+    addends: list[Any] = [step.args[1] for step in steps[2:]]
+    branch: Any = addends.pop(0) if addends and _is_branch(addends[0]) else None
+    rank = 0 if branch is None else branch.args[0].meta["val"].shape[-1]
+    if len(addends) > 1 or not takes_linear(codes.meta["val"], weight.meta["val"], dtype, rank):
         return False
     weight_scale = _row_of(steps[1].args[1])
-    bias = _row_of(steps[2].args[1]) if len(steps) == 3 else _Row(None, None, 0)
+    bias = _row_of(addends[0]) if addends else _Row(None, None, 0)
     if not is_chain or weight_scale is None or bias is None:
+        return False
+    if branch is not None and weight_scale.table.meta["val"].shape[0] > 1:
         return False
     types = _types_of(codes, weight_scale, bias)
     if types is None or len(types[2]) > MOST_TYPES:
         return False
-    scales = (steps[0].args[1], weight, weight_scale.table)
+    scale: Any = steps[0].args[1]
+    of_branch: tuple[Node, ...] = ()
     with graph.inserting_before(output):
-        fused = graph.call_function(
-            freeact.engine_linear.default, (codes, *scales, bias.table, *types, dtype)
-        )
+        if branch is not None:
+            coefficients, branch_weight, branch_scale = branch.args
+            one = ONE_IN_SUMS[codes.meta["val"].dtype]
+            of_branch = (
+                coefficients_of_linear(coefficients, scale),
+                branch_of_linear(branch_weight, branch_scale, weight_scale.table, one),
+            )
+        scales = (scale, weight, weight_scale.table)
+        args = (codes, *scales, bias.table, *types, dtype, *of_branch)
+        fused = graph.call_function(freeact.engine_linear.default, args)
     fused.meta["val"] = output.meta["val"]
     output.replace_all_uses_with(fused)
     return True
+
+
+def _is_branch(node: Any) -> bool:
+    return isinstance(node, Node) and node.target is freeact.engine_branch_product.default
 
 
 class _Row(NamedTuple):

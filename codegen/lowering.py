@@ -1,9 +1,10 @@
 """What Inductor makes of the freeact ops.
 
 * The transforms decompose into the reference's own lines. On the CPU Inductor fuses shift, scale, rounding and the norm
-  before them into C++ loops around two small matrix products. On the GPU a transform without a branch is a kernel of
-  ours.
-* The branch's product becomes an ordinary matrix product, in bf16 where the CPU has instructions for it.
+  before them into C++ loops around two small matrix products. On the GPU a transform is a kernel of ours; with a branch
+  it is two, on Hopper alone.
+* The branch's product becomes an ordinary matrix product, in bf16 where the CPU has instructions for it. On Hopper it
+  stays whole, for ``fuse_linear`` to put into its Linear.
 * ``int_mm`` stays opaque on the CPU: oneDNN's u8 x s8 linear. Scales, bias table, residual and SiLU * mul after it are
   pointwise and fuse into one loop. On the GPU it is a Triton template, and they fuse into its kernel;
   for e4m3 codes, too, where the chip has fp8 tensor cores.
@@ -21,7 +22,8 @@ import torch
 from freeact_fx import reference
 from freeact_fx.compat import register_decomposition
 
-from .engine_ops import has_kernels, is_hopper, makes_codes
+from .engine_ops import has_kernels, is_hopper, makes_codes, takes_branch
+from .tiles import LARGEST_RANK
 
 
 @functools.cache
@@ -32,7 +34,7 @@ def register() -> None:
     """
     register_decomposition(torch.ops.freeact.transform_quantize.default, _transform_quantize)
     register_decomposition(
-        torch.ops.freeact.transform_quantize_branch.default, reference.transform_quantize
+        torch.ops.freeact.transform_quantize_branch.default, _transform_quantize_branch
     )
     register_decomposition(torch.ops.freeact.branch_product.default, _branch_product)
     if torch.cuda.is_available() and has_kernels(torch.device("cuda")):
@@ -54,9 +56,21 @@ def _transform_quantize(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, scale
 
 
+def _transform_quantize_branch(*args: Any) -> Any:
+    *_, left, right, _, lowrank = args[:8]
+    if takes_branch(left, right, lowrank, args[8], args[-1]):
+        return NotImplemented
+    return reference.transform_quantize(*args)
+
+
 def _branch_product(
     coefficients: torch.Tensor, branch_weight: torch.Tensor, branch_scale: torch.Tensor
 ) -> torch.Tensor:
+    rank, num_outputs = branch_weight.shape
+    if is_hopper(branch_weight.device) and rank <= LARGEST_RANK and num_outputs % 8 == 0:
+        operands = (coefficients, branch_weight, branch_scale)
+        product: torch.Tensor = torch.ops.freeact.engine_branch_product.default(*operands)
+        return product
     on_cpu = branch_weight.device.type == "cpu"
     if branch_weight.dtype != torch.int8 or not (on_cpu and _has_bf16_instructions()):
         return reference.branch_product(coefficients, branch_weight, branch_scale)

@@ -16,6 +16,8 @@ _ACCUMULATORS_PER_THREAD = 128
 
 # The accumulator of the int8 engine holds 16 * codes . codes_W in int32.
 LARGEST_NUM_CODES = (2**31 - 1) // (16 * 7 * 127)
+# Columns of a branch, of all types together, that kernels multiply.
+LARGEST_RANK = 128
 
 
 @dataclass(frozen=True)
@@ -315,6 +317,32 @@ def hopper_transform_tile(
     if programs == 0:
         return None
     return HopperTransformTile(rows, columns, rows_in, rows // 16, registers, programs, ahead)
+
+
+@dataclass(frozen=True)
+class BranchTile:
+    """A step of the kernel that splits off a branch: tokens [block_m, block_k] and columns [block_k, block_r] in bf16,
+    ``num_stages`` of them in shared memory."""
+
+    block_m: int
+    block_k: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+
+
+@functools.cache
+def branch_tile(num_codes: int, rank: int) -> BranchTile | None:
+    """The tile of a branch of some columns, or None where there is no kernel for it: chunks of the even and of the odd
+    features are whole."""
+    sizes = [size for size in (256, 128, 64) if num_codes % (2 * size) == 0]
+    if not sizes or num_codes > LARGEST_NUM_CODES or rank > LARGEST_RANK:
+        return None
+    block_m, block_k, block_r = 64, sizes[0], _padded(rank)
+    # 32 KB for the exchange between threads, and for the copies' barriers.
+    stage_bytes = 2 * block_k * (block_m + block_r)
+    num_stages = min(8, (_SHARED_BYTES[90] - 32768) // stage_bytes)
+    return BranchTile(block_m, block_k, block_r, 8, num_stages)
 
 
 def _in_pieces(size: int) -> tuple[int, int]:

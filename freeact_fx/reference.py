@@ -88,7 +88,7 @@ def slice_of_token(
     return index
 
 
-def _column_step(num_codes: int) -> float:
+def column_step(num_codes: int) -> float:
     """Units of a branch column per code: entries of K' unit columns without a preferred axis are about N(0, 1 / K'),
     and 6 standard deviations hold them all."""
     return 6 / (127 * math.sqrt(num_codes))
@@ -99,14 +99,14 @@ def branch_codes(columns: Tensor) -> Tensor:
 
     Why no scale by column: the weight side makes up for whatever the columns are (``GroupTransform.split_branch``).
     """
-    grid = columns / _column_step(columns.shape[0])
+    grid = columns / column_step(columns.shape[0])
     return grid.round().clamp(-127, 127).to(torch.int8)
 
 
 def branch_columns(lowrank: Tensor) -> Tensor:
     """The columns that a branch [K', R] stands for, in fp32: of ``branch_codes``, or what is floating as it is."""
     columns = lowrank.to(torch.float32)
-    return columns if lowrank.is_floating_point() else columns * _column_step(lowrank.shape[0])
+    return columns if lowrank.is_floating_point() else columns * column_step(lowrank.shape[0])
 
 
 def kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -166,12 +166,20 @@ def transform(
     if lowrank is None:
         return z, None
     columns = branch_columns(lowrank)
-    coefficients = z @ columns
-    if own_rank:
-        owner = torch.arange(lowrank.shape[1], device=x.device) // own_rank
-        mine = owner == (default_type if token_type is None else token_type.unsqueeze(-1))
-        coefficients = torch.where(mine, coefficients, 0.0)
+    coefficients = branch_coefficients(z, columns, token_type, default_type, own_rank)
     return z - coefficients @ columns.t(), coefficients
+
+
+def branch_coefficients(
+    z: Tensor, columns: Tensor, token_type: Tensor | None, default_type: int, own_rank: int
+) -> Tensor:
+    """``z U`` [..., R] of tokens [..., K'], zeros where a column is another type's; the rest as in ``transform``."""
+    coefficients = z @ columns
+    if not own_rank:
+        return coefficients
+    owner = torch.arange(columns.shape[1], device=z.device) // own_rank
+    mine = owner == (default_type if token_type is None else token_type.unsqueeze(-1))
+    return torch.where(mine, coefficients, 0.0)
 
 
 def quantize_tokens(z: Tensor, clip: Tensor, qmax: int) -> tuple[Tensor, Tensor]:

@@ -16,10 +16,13 @@ transform after them and the next Linear's weights need not wait for their end.
 e4m3 codes differ in unpacking and in the accumulator. With PROMOTED the sum of a step is added to the rest in fp32, as
 in ``int_mm``; registers hold both, so tiles are smaller. Without, all is left to the tensor core.
 
+A branch is more steps in the same ring, behind those of the codes: its columns in bf16, as many as take the bytes of a
+step, multiplied onto the sums in their units. Where K is split all programs copy them, and the last one multiplies.
+
 A token's codes outside of its own slice are zeros, so a tile of tokens takes only the steps from the first to the last
 of the slices that occur in it. Each of the warps finds that out for itself.
 
-Letters as in ``int_mm``; S slices, P token types.
+Letters as in ``int_mm``; S slices, P token types, R columns of a branch.
 """
 
 from __future__ import annotations
@@ -52,14 +55,15 @@ from .stream_order import allow_next_kernel, counters, wait_for_previous_kernel
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+_OLD_NAME = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))
 
 _INSTRUCTION_TOKENS = gl.constexpr(128)  # int8 wgmma is refused at 256
 
 
 @gluon.constexpr_function
-def product_layout(tokens):
+def product_layout(tokens, columns=32):
     return gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, tokens, 32]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, tokens, columns]
     )
 
 
@@ -185,9 +189,21 @@ def fetch(ptr, num_bytes):
 
 
 @gluon.jit
+def for_copy(tile, descriptor):
+    """The memory of a tile of the ring as one that a descriptor's copies go to."""
+    layout: gl.constexpr = descriptor.layout
+    if _OLD_NAME:
+        return tile._reinterpret(descriptor.dtype, descriptor.block_shape, layout)
+    else:
+        return tile.reinterpret(descriptor.dtype, descriptor.block_shape, layout)
+
+
+@gluon.jit
 def copy_tiles(
     codes,
     weight,
+    coefficients,
+    branch,
     type_ptr,
     codes_ring,
     weight_ring,
@@ -206,6 +222,7 @@ def copy_tiles(
     GROUPS: gl.constexpr,
     GROUP_M: gl.constexpr,
     SPLIT_K: gl.constexpr,
+    RANK: gl.constexpr,
 ):
     """The copying warp: packed weights, even codes and odd codes of each step, for each tile of this program."""
     STAGES: gl.constexpr = weight_ring.shape[0] // GROUPS
@@ -271,6 +288,18 @@ def copy_tiles(
             _load(codes, [row, byte], arrived, codes_ring.index(2 * stage))
             _load(codes, [row, num_even + byte], arrived, codes_ring.index(2 * stage + 1))
             step += 1
+        for column in gl.static_range(0, RANK, BLOCK_K // 2):
+            stage = step % STAGES
+            arrived = full.index(stage)
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            mbarrier.expect(arrived, (GROUPS * ROWS + BLOCK_M) * BLOCK_K)
+            for group in gl.static_range(GROUPS):
+                first_n = (tile_n * GROUPS + group) * ROWS
+                target = for_copy(weight_ring.index(GROUPS * stage + group), branch)
+                _load(branch, [column, first_n], arrived, target)
+            target = for_copy(codes_ring.index(2 * stage), coefficients)
+            _load(coefficients, [tile_m * BLOCK_M, column], arrived, target)
+            step += 1
 
 
 @gluon.jit
@@ -304,7 +333,7 @@ def tile_rows(ptr, NUM_ROWS: gl.constexpr, n, N):
     """Of each of the rows of a table [NUM_ROWS, N] the part that is for a tile's outputs."""
     rows = ()
     for number in gl.static_range(NUM_ROWS):
-        rows = rows + (gl.load(ptr + number * N + n, n < N, 0.0),)  # noqa: RUF005 (Triton unpacks no tuple)
+        rows = rows + (gl.load(ptr + number * N + n, n < N, 0.0),)  # type: ignore[assignment]  # noqa: RUF005 (Triton unpacks no tuple)
     return rows
 
 
@@ -366,12 +395,21 @@ def parts_of_tokens(tile):
 
 
 @gluon.jit
-def write_tile(total, out_tile, scales, types, weight_scales, biases, SLICE_OF_TYPE: gl.constexpr):
+def write_tile(
+    total,
+    out_tile,
+    scales,
+    types,
+    weight_scales,
+    biases,
+    SLICE_OF_TYPE: gl.constexpr,
+    E4M3: gl.constexpr,
+):
     """The epilogue, in fp32: the factor of unpacking, the scales of token and output, the bias of the token's type.
 
     In parts, since scales and types of all tokens would fill the registers.
     """
-    PER_UNIT: gl.constexpr = 0.0625 if total.dtype == gl.int32 else 512.0
+    PER_UNIT: gl.constexpr = 512.0 if E4M3 else 0.0625
     EACH: gl.constexpr = each_its_own(len(biases))
     parts = parts_of_tokens(total)
     TOKENS: gl.constexpr = total.shape[1] // len(parts)
@@ -390,8 +428,41 @@ def write_tile(total, out_tile, scales, types, weight_scales, biases, SLICE_OF_T
 
 
 @gluon.jit
+def plus_branch(
+    total,
+    coefficients,
+    branch,
+    codes_ring,
+    weight_ring,
+    full,
+    empty,
+    step,
+    GROUPS: gl.constexpr,
+    RANK: gl.constexpr,
+    GROUP: gl.constexpr,
+    layout: gl.constexpr,
+):
+    """The sums of a group's outputs, in fp32, plus those of the branch, whose steps begin with ``step``."""
+    STAGES: gl.constexpr = weight_ring.shape[0] // GROUPS
+    BLOCK_K: gl.constexpr = weight_ring.shape[2]
+    total = gl.convert_layout(total.to(gl.float32), layout)  # the same threads have the same sums
+    for _column in gl.static_range(0, RANK, BLOCK_K // 2):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        of_outputs = for_copy(weight_ring.index(GROUPS * stage + GROUP), branch).permute((1, 0))
+        of_tokens = for_copy(codes_ring.index(2 * stage), coefficients).permute((1, 0))
+        total = warpgroup_mma(of_outputs, of_tokens, total, is_async=True)
+        total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
+        mbarrier.arrive(empty.index(stage))
+        step += 1
+    return total
+
+
+@gluon.jit
 def multiply_tiles(
     out,
+    coefficients,
+    branch,
     scale_ptr,
     weight_scale_ptr,
     bias_ptr,
@@ -417,6 +488,7 @@ def multiply_tiles(
     GROUP_M: gl.constexpr,
     SPLIT_K: gl.constexpr,
     PROMOTED: gl.constexpr,
+    RANK: gl.constexpr,
     GROUP: gl.constexpr,
 ):
     """One group of four warps: its part of the outputs of each tile, scaled and written out."""
@@ -428,6 +500,7 @@ def multiply_tiles(
     layout: gl.constexpr = product_layout(TOKENS)
     left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout, k_width=4)
     E4M3: gl.constexpr = codes_ring.dtype == gl.float8e4nv
+    BRANCH_STEPS: gl.constexpr = (2 * RANK + BLOCK_K - 1) // BLOCK_K
     NUM_SLICES: gl.constexpr = len(SLICE_STARTS)
     TYPED: gl.constexpr = type_ptr is not None and (bias_ptr is not None or NUM_SLICES > 1)
     PART: gl.constexpr = BLOCK_M if BLOCK_M < 32 else 32
@@ -499,18 +572,41 @@ def multiply_tiles(
             scales.store(scale)
             if TYPED:
                 types.store(token_type)
+            sums = total
+            if RANK > 0:
+                sums = plus_branch(
+                    total,
+                    coefficients,
+                    branch,
+                    codes_ring,
+                    weight_ring,
+                    full,
+                    empty,
+                    step,
+                    GROUPS,
+                    RANK,
+                    GROUP,
+                    product_layout(TOKENS, 16),
+                )
             tma.store_wait(0)
             write_tile(
-                total,
+                sums,
                 out_tiles.index(GROUP),
                 scales,
                 types,
                 weight_scales,
                 biases,
                 SLICE_OF_TYPE,
+                E4M3,
             )
             fence_async_shared()
             _store(out, [first_m, first_n], out_tiles.index(GROUP))
+        elif RANK > 0:
+            for ahead in gl.static_range(BRANCH_STEPS):
+                unread = (step + ahead) % STAGES
+                mbarrier.wait(full.index(unread), ((step + ahead) // STAGES) & 1)
+                mbarrier.arrive(empty.index(unread))
+        step += BRANCH_STEPS
     tma.store_wait(0)
 
 
@@ -519,6 +615,8 @@ def hopper_linear_kernel(
     codes,  # descriptor of [M, K] int8 or e4m3, engine order
     weight,  # descriptor of [N, bytes] int8
     out,  # descriptor of [M, N]
+    coefficients,  # descriptor of [M, RANK] bf16, or None
+    branch,  # descriptor of [RANK, N] bf16, or None
     weight_ptr,  # [N, row_bytes] int8, the same
     scale_ptr,  # [M] fp32
     weight_scale_ptr,  # [S, N] fp32
@@ -542,6 +640,7 @@ def hopper_linear_kernel(
     SPLIT_K: gl.constexpr,
     GROUP_REGISTERS: gl.constexpr,
     PROMOTED: gl.constexpr,
+    RANK: gl.constexpr,  # columns of the branch; 0: none
     num_warps: gl.constexpr,
 ):
     allow_next_kernel()
@@ -566,43 +665,48 @@ def hopper_linear_kernel(
     if GROUPS == 2:
         gl.warp_specialize([
             (multiply_tiles, (
-                out, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr, partial_ptr, counter_ptr,
-                codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles, full, empty, M, N, num_m, num_n, num_even,
-                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, PROMOTED, 0,
+                out, coefficients, branch, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
+                partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
+                full, empty, M, N, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
+                GROUPS, GROUP_M, SPLIT_K, PROMOTED, RANK, 0,
             )),
             (multiply_tiles, (
-                out, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr, partial_ptr, counter_ptr,
-                codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles, full, empty, M, N, num_m, num_n, num_even,
-                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, PROMOTED, 1,
+                out, coefficients, branch, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
+                partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
+                full, empty, M, N, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
+                GROUPS, GROUP_M, SPLIT_K, PROMOTED, RANK, 1,
             )),
             (copy_tiles, (
-                codes, weight, type_ptr, codes_ring, weight_ring, full, empty, weight_ptr, M, N,
-                row_bytes, num_m, num_n, num_even,
-                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K,
+                codes, weight, coefficients, branch, type_ptr, codes_ring, weight_ring, full, empty,
+                weight_ptr, M, N, row_bytes, num_m, num_n, num_even,
+                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, RANK,
             )),
         ], [4, 1], [GROUP_REGISTERS, 24])
     else:
         gl.static_assert(GROUPS == 3)
         gl.warp_specialize([
             (multiply_tiles, (
-                out, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr, partial_ptr, counter_ptr,
-                codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles, full, empty, M, N, num_m, num_n, num_even,
-                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, PROMOTED, 0,
+                out, coefficients, branch, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
+                partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
+                full, empty, M, N, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
+                GROUPS, GROUP_M, SPLIT_K, PROMOTED, RANK, 0,
             )),
             (multiply_tiles, (
-                out, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr, partial_ptr, counter_ptr,
-                codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles, full, empty, M, N, num_m, num_n, num_even,
-                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, PROMOTED, 1,
+                out, coefficients, branch, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
+                partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
+                full, empty, M, N, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
+                GROUPS, GROUP_M, SPLIT_K, PROMOTED, RANK, 1,
             )),
             (multiply_tiles, (
-                out, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr, partial_ptr, counter_ptr,
-                codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles, full, empty, M, N, num_m, num_n, num_even,
-                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, PROMOTED, 2,
+                out, coefficients, branch, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
+                partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
+                full, empty, M, N, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
+                GROUPS, GROUP_M, SPLIT_K, PROMOTED, RANK, 2,
             )),
             (copy_tiles, (
-                codes, weight, type_ptr, codes_ring, weight_ring, full, empty, weight_ptr, M, N,
-                row_bytes, num_m, num_n, num_even,
-                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K,
+                codes, weight, coefficients, branch, type_ptr, codes_ring, weight_ring, full, empty,
+                weight_ptr, M, N, row_bytes, num_m, num_n, num_even,
+                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, RANK,
             )),
         ], [4, 4, 1], [GROUP_REGISTERS, GROUP_REGISTERS, 24])
     # fmt: on
@@ -622,14 +726,17 @@ def registers(tile: TileConfig) -> dict[str, int]:
 @functools.cache
 def layouts(
     tile: TileConfig, dtype: torch.dtype, codes: torch.dtype = torch.int8
-) -> tuple[Any, Any, Any]:
-    """Shared-memory layouts of a tile of codes, and of a group's packed weights and outputs."""
+) -> tuple[Any, Any, Any, Any, Any]:
+    """Shared-memory layouts of a tile of codes, and of a group's packed weights and outputs; of a tile of coefficients,
+    and of a group's branch."""
     out = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}[dtype]
     shared = gl.NVMMASharedLayout.get_default_for
     return (
         shared([tile.block_m, tile.block_k], gl.int8 if codes == torch.int8 else gl.float8e4nv),
         shared([tile.rows, tile.block_k], gl.int8),
         shared([tile.block_m, tile.rows], out),
+        shared([tile.block_m, tile.block_k // 2], gl.bfloat16),
+        shared([tile.block_k // 2, tile.rows], gl.bfloat16),
     )
 
 
@@ -646,6 +753,8 @@ def hopper_linear(
     dtype: torch.dtype,
     tile: TileConfig | None = None,
     promoted: bool | None = None,
+    coefficients: Tensor | None = None,
+    branch_weight: Tensor | None = None,
 ) -> Tensor:
     """A whole linear after its transform, on Hopper.
 
@@ -659,6 +768,7 @@ def hopper_linear(
     tile          None: the fastest that was measured (``tuning``), else ``choose_hopper_tile``; must be legal for the
                   shape, ``tiles.fits_hopper``
     promoted      e4m3: True keeps the products of integers exact; None: ``tiles.PROMOTED``
+    coefficients  [M, R] bf16 with branch_weight [R, N] bf16, both contiguous, in units of ``engine_linear``; or None
 
     Returns [M, N] of ``dtype``.
     """
@@ -676,7 +786,14 @@ def hopper_linear(
     tile = tile or choose_hopper_tile(
         num_tokens, num_outputs, num_codes, num_multiprocessors, promoted=promoted
     )
-    of_codes, of_weight, of_out = layouts(tile, dtype, codes.dtype)
+    of_codes, of_weight, of_out, of_coefficients, of_branch = layouts(tile, dtype, codes.dtype)
+    rank, branch = 0, (None, None)
+    if coefficients is not None and branch_weight is not None:
+        rank, columns = coefficients.shape[1], tile.block_k // 2
+        branch = (
+            TensorDescriptor.from_tensor(coefficients, [tile.block_m, columns], of_coefficients),
+            TensorDescriptor.from_tensor(branch_weight, [columns, tile.rows], of_branch),
+        )
     weight = weight.view(torch.int8)
     tiles = -(-num_tokens // tile.block_m) * -(-num_outputs // tile.block_n)
     partial = counter = None
@@ -685,13 +802,15 @@ def hopper_linear(
         partial = torch.empty(size, dtype=partial_dtype(codes.dtype), device=codes.device)
         counter = counters(codes.device, tile.groups * tiles)
     num_programs = min(tiles * tile.split_k, num_multiprocessors * tile.programs)
-    launch = _launch_of(tile, promoted, default_type, tuple(slice_of_type), tuple(slice_sizes))
+    static = (default_type, tuple(slice_of_type), tuple(slice_sizes), rank)
+    launch = _launch_of(tile, promoted, *static)
     launch(
         codes.device,
         num_programs,
         TensorDescriptor.from_tensor(codes, [tile.block_m, tile.block_k], of_codes),
         TensorDescriptor.from_tensor(weight, [tile.rows, tile.block_k], of_weight),
         TensorDescriptor.from_tensor(out, [tile.block_m, tile.rows], of_out),
+        *branch,
         weight,
         scale,
         weight_scale,
@@ -714,6 +833,7 @@ def _launch_of(
     default_type: int,
     slice_of_type: tuple[int, ...],
     slice_sizes: tuple[int, ...],
+    rank: int,
 ) -> Launch:
     return Launch(
         hopper_linear_kernel,
@@ -728,6 +848,7 @@ def _launch_of(
         GROUP_M=tile.group_m,
         SPLIT_K=tile.split_k,
         PROMOTED=promoted,
+        RANK=rank,
         num_warps=tile.num_warps,
         **registers(tile),
         enable_fp_fusion=True,

@@ -1,4 +1,5 @@
-"""``transform_quantize`` for Hopper, written for its warp groups (Gluon): codes of 4 bits or e4m3.
+"""``transform_quantize`` for Hopper, written for its warp groups (Gluon): codes of 4 bits or e4m3. For
+``branch_quantize`` it leaves Z in bf16 instead of codes.
 
 ``Z = (L^T X) R``: both factors stay in shared memory for all tokens, and a token goes through it; what the first
 product leaves in registers is the left operand of the second. The rows of X, or else its columns, are taken in pieces A
@@ -175,7 +176,10 @@ def row_by_row(pairs, num_warps):
 
 @gluon.jit
 def codes_of(z, per_code, QMAX: gl.constexpr):
-    if QMAX == 448:
+    """For QMAX 0 z times per_code, in bf16."""
+    if QMAX == 0:
+        return (z * per_code).to(gl.bfloat16)
+    elif QMAX == 448:
         return to_e4m3(z, 1 / per_code)
     else:
         gl.static_assert(QMAX == 7)
@@ -586,16 +590,22 @@ def put_codes(
     A NaN or an infinity in x is in all of Z.
     """
     even_a, odd_a = even_and_odd(z[0])
-    largest = magnitude_in_threads(even_a, odd_a, num_warps)
     if len(z) == 2:
         even_b, odd_b = even_and_odd(z[1])
-        largest = gl.maximum(largest, magnitude_in_threads(even_b, odd_b, num_warps))
-    largest = largest_of_threads(largest, slots, num_warps)
-    per_code = larger(largest * clip / QMAX, SMALLEST)
-    gl.store(scale_ptr, larger(per_code * unit, SMALLEST))
+    if QMAX == 0:
+        per_code = unit
+        gl.store(scale_ptr, 1.0)
+        _barrier()  # that of the exchange: all warps have waited for their products
+    else:
+        largest = magnitude_in_threads(even_a, odd_a, num_warps)
+        if len(z) == 2:
+            largest = gl.maximum(largest, magnitude_in_threads(even_b, odd_b, num_warps))
+        largest = largest_of_threads(largest, slots, num_warps)
+        per_code = larger(largest * clip / QMAX, SMALLEST)
+        gl.store(scale_ptr, larger(per_code * unit, SMALLEST))
     odd_row = codes_row + D1 * (D2 // 2)
     FIRST_B: gl.constexpr = z[0].shape[1] // 2
-    if D2 % 16 == 0:
+    if D2 % 16 == 0 or QMAX == 0:
         store_codes(codes_row, codes_of(even_a, per_code, QMAX), 0, D1, D2)
         store_codes(odd_row, codes_of(odd_a, per_code, QMAX), 0, D1, D2)
         if len(z) == 2:
@@ -632,7 +642,7 @@ def hopper_transform_quantize_kernel(
     left_ptr,  # [D1, sum of WIDTHS] fp32
     right_ptr,  # [S, D2, D2] fp32
     clip_ptr,  # [P] fp32
-    codes_ptr,  # [M, K'] int8 or the bytes of e4m3, engine order
+    codes_ptr,  # [M, K'] int8 or the bytes of e4m3, or Z in bf16; engine order
     scale_ptr,  # [M] fp32
     M,
     x_stride,
@@ -698,7 +708,7 @@ def hopper_transform_quantize_kernel(
     sums = gl.allocate_shared_memory(gl.float32, [2, num_warps], flat)
     maxima = gl.allocate_shared_memory(gl.int32, [num_warps], flat)
     exchange = (maxima, maxima, maxima, maxima)  # of codes, if need be
-    if D2 % 16 != 0:
+    if D2 % 16 != 0 and QMAX > 0:
         even_a = row_major(gl.int8, ROWS, COLUMNS // 2)
         odd_a = row_major(gl.int8, ROWS, COLUMNS // 2)
         exchange = (even_a, odd_a, even_a, odd_a)
@@ -875,10 +885,12 @@ def hopper_transform_quantize(
 
     tile  ``hopper_transform_tile`` of the shape, which must have one, unless another is given
 
-    Returns codes [M, K'] int8 (e4m3 for 448) in engine order and scale [M, 1] fp32.
+    Returns codes [M, K'] int8 (e4m3 for 448; for 0 the values themselves in bf16) in engine order and scale [M, 1]
+    fp32.
     """
     num_tokens, d1, d2 = x.shape[0], left.shape[0], right.shape[-1]
-    codes = torch.empty(num_tokens, sum(widths) * d2, dtype=torch.int8, device=x.device)
+    dtype = torch.int8 if qmax else torch.bfloat16
+    codes = torch.empty(num_tokens, sum(widths) * d2, dtype=dtype, device=x.device)
     scale = torch.empty(num_tokens, 1, dtype=torch.float32, device=x.device)
     result = codes.view(torch.float8_e4m3fn) if qmax == 448 else codes, scale
     if num_tokens == 0:

@@ -235,6 +235,11 @@ class Shared:
     def reshape(self, shape: Any) -> Shared:
         return Shared(self.data.view(*map(int, shape)), self.layout)
 
+    def reinterpret(self, dtype: Any, shape: Any, layout: Any) -> Shared:
+        return Shared(self.data.view(_TO_TORCH[dtype]).view(*map(int, shape)), layout)
+
+    _reinterpret = reinterpret
+
     def load(self, layout: Any = None) -> Value:
         return Value(self.data.clone(), layout)
 
@@ -477,6 +482,11 @@ class _Language:
     )
     zeros = staticmethod(
         lambda shape, dtype, layout=None: Value(torch.zeros(*shape, dtype=_TO_TORCH[dtype]))
+    )
+    full = staticmethod(
+        lambda shape, value, dtype, layout=None: Value(
+            torch.full([int(n) for n in shape], float(value), dtype=_TO_TORCH[dtype])
+        )
     )
     cdiv = staticmethod(lambda a, b: (a + (b - 1)) // b)
     minimum = staticmethod(lambda a, b: Value(torch.minimum(*_promoted(a, b))))

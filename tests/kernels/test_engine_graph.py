@@ -133,6 +133,28 @@ def test_orders_are_each_others_inverse(num_codes: int) -> None:
 
 @pytest.mark.parametrize("lead", [(), (0,), (1,), (3, 5)], ids=str)
 @pytest.mark.parametrize("qmax", [7, 448])
+@pytest.mark.parametrize("own_rank", [0, 2])
+def test_opcheck_of_a_branch(lead: tuple[int, ...], qmax: int, own_rank: int) -> None:
+    x, types = torch.randn(*lead, 48), torch.randint(0, NUM_TYPES, lead)
+    tensors, static = operands("shift", 0)
+    unrounded = (x, types, *tensors, *static)
+    torch.library.opcheck(ops.engine_transform_quantize.default, unrounded)
+    z, _ = ops.engine_transform_quantize(*unrounded)
+    assert z.dtype == torch.bfloat16
+    clip = tensors[-1]
+    args = (z, torch.randint(-127, 128, (48, 4)).bfloat16(), types, clip, 0, own_rank, qmax)
+    tests = list(EVERY_CHECK if qmax == 7 else CHECKS_OF_E4M3)
+    torch.library.opcheck(ops.engine_branch_quantize.default, args, test_utils=tests)
+    product = (
+        torch.randn(*lead, 4),
+        torch.randint(-127, 128, (4, 6)).to(torch.int8),
+        torch.rand(4),
+    )
+    torch.library.opcheck(ops.engine_branch_product.default, product)
+
+
+@pytest.mark.parametrize("lead", [(), (0,), (1,), (3, 5)], ids=str)
+@pytest.mark.parametrize("qmax", [7, 448])
 def test_opcheck(lead: tuple[int, ...], qmax: int) -> None:
     x, types = torch.randn(*lead, 48), torch.randint(0, NUM_TYPES, lead)
     tensors, static = operands("duplicate", qmax)

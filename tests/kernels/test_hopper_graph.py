@@ -152,7 +152,8 @@ def test_opcheck(lead: tuple[int, ...], typed: bool, dtype: torch.dtype) -> None
     weight = pack_int4(torch.randint(-7, 8, (5, 48)).to(torch.int8))
     table, types = (torch.rand(3, 5), torch.randint(0, 3, lead)) if typed else (None, None)
     scales = (torch.rand(*lead, 1), weight, torch.rand(2, 5))
-    args = (codes, *scales, table, types, [16, 32], [0, 1, 1], 0, torch.bfloat16)
+    branch = (torch.rand(*lead, 8).bfloat16(), torch.rand(8, 5).bfloat16()) if typed else ()
+    args = (codes, *scales, table, types, [16, 32], [0, 1, 1], 0, torch.bfloat16, *branch)
     # test_schema compares what goes in, and torch compares no fp8.
     tests = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     tests += ["test_schema"] if dtype == torch.int8 else []

@@ -19,11 +19,16 @@ from prologue_bound import exact_row
 from random_prologues import random_prologue
 from random_transforms import random_transform
 from torch import Tensor
-from transform_bound import codes_of
+from transform_bound import BF16_ROUNDING, codes_of, values_of
 
 from freeact_fx import reference
-from freeact_fx.codegen.engine_ops import to_engine_order, to_plain_order
-from freeact_fx.codegen.kernels import hopper_int_mm, hopper_transform_quantize
+from freeact_fx.codegen import engine_ops
+from freeact_fx.codegen.engine_ops import ONE_IN_SUMS, to_engine_order, to_plain_order
+from freeact_fx.codegen.kernels import (
+    hopper_branch_quantize,
+    hopper_int_mm,
+    hopper_transform_quantize,
+)
 from freeact_fx.codegen.prologue import NO_PROLOGUE, Prologue
 from freeact_fx.codegen.tiles import (
     HopperTransformTile,
@@ -31,7 +36,7 @@ from freeact_fx.codegen.tiles import (
     hopper_tiles,
     hopper_transform_tile,
 )
-from freeact_fx.reference import pack_int4
+from freeact_fx.reference import branch_codes, pack_int4
 from freeact_fx.transform import GroupTransform
 
 E4M3 = torch.float8_e4m3fn
@@ -42,14 +47,15 @@ counter = torch.zeros(4096, dtype=torch.int32)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A chip of three multiprocessors."""
     monkeypatch.setattr(torch, "empty", poisoned_empty)
-    for module in (hopper_int_mm, hopper_transform_quantize):
+    modules: Any = (hopper_int_mm, hopper_transform_quantize, hopper_branch_quantize)
+    for module in modules:
         monkeypatch.setattr(module, "Launch", InterpretedLaunch)
         module._launch_of.cache_clear()
     monkeypatch.setattr(hopper_int_mm, "_num_multiprocessors", lambda device: 3)
     monkeypatch.setattr(hopper_int_mm, "counters", lambda device, number: counter)
     monkeypatch.setattr(hopper_transform_quantize, "_num_programs", lambda device, tile: 3)
     yield
-    for module in (hopper_int_mm, hopper_transform_quantize):
+    for module in modules:
         module._launch_of.cache_clear()
 
 
@@ -57,10 +63,12 @@ def random_codes(*shape: int, largest: int) -> Tensor:
     return torch.randint(-largest, largest + 1, shape).to(torch.int8)
 
 
-@pytest.mark.parametrize("order", ["untyped", "one type", "mixed"])
+@pytest.mark.parametrize(
+    ("order", "rank"), [("untyped", 0), ("one type", 72), ("mixed", 0), ("mixed", 32)]
+)
 @pytest.mark.parametrize("dtype", [torch.int8, E4M3], ids=str)
 @pytest.mark.parametrize("tile", [tile for tile, _ in hopper_tiles(1024)], ids=str)
-def test_linear(tile: TileConfig, dtype: torch.dtype, order: str) -> None:
+def test_linear(tile: TileConfig, dtype: torch.dtype, order: str, rank: int) -> None:
     """Three slices for the types if they are mixed, one otherwise."""
     promoted = dtype == E4M3
     if promoted and tile.block_m * tile.rows > 64 * 128:
@@ -76,6 +84,7 @@ def test_linear(tile: TileConfig, dtype: torch.dtype, order: str) -> None:
     weight_i4 = random_codes(num_outputs, 1024, largest=7)
     scale, weight_scale = torch.rand(num_tokens), torch.rand(len(sizes), num_outputs)
     table = torch.randn(len(slice_of_type), num_outputs) if order != "untyped" else None
+    branch = torch.randn(num_tokens, rank).bfloat16(), torch.randn(rank, num_outputs).bfloat16()
     got = hopper_int_mm.hopper_linear(
         to_engine_order(codes.to(dtype)),
         scale,
@@ -89,13 +98,20 @@ def test_linear(tile: TileConfig, dtype: torch.dtype, order: str) -> None:
         torch.bfloat16,
         tile,
         promoted,
+        *(branch if rank else (None, None)),
     )
     want = codes.double() @ weight_i4.double().t() * scale[:, None] * weight_scale.double()[chosen]
     rows = torch.zeros_like(want)
     if table is not None:
         rows += reference.rows_of_type(table, types, default).double()
-    bound = 4 * 2**-24 * (want.abs() + rows.abs()) + (want + rows).abs() * 2**-8 + 1e-7
-    assert bool(((got.double() - want - rows).abs() <= bound).all())
+    factor = scale[:, None].double() * weight_scale.double()[chosen] / ONE_IN_SUMS[dtype]
+    of_branch, size = (
+        a.double() @ b.double() * factor for a, b in (branch, [t.abs() for t in branch])
+    )
+    fp32_steps = (4 + rank) * (want.abs() + size) + 4 * rows.abs()
+    want = want + rows + of_branch
+    bound = 2**-24 * fp32_steps + want.abs() * 2**-8 + 1e-7
+    assert bool(((got.double() - want).abs() <= bound).all())
     assert int(counter.abs().max()) == 0
 
 
@@ -174,6 +190,68 @@ def check(
     )  # fmt: skip
     bounds.check(to_plain_order(codes), scale)
     return prologue.total
+
+
+@pytest.mark.parametrize("kind", ["rms", "none"])
+@pytest.mark.parametrize("num_features", [4096, 12288, 18944])
+def test_transform_without_rounding(num_features: int, kind: str) -> None:
+    x = torch.randn(5, num_features).bfloat16()
+    prologue, t = random_prologue(kind, x), random_transform("shift", num_features, 2, seed=1)
+    types = torch.randint(-1, 3, (5,))
+    row, x_error = exact_row(x, prologue)
+    exact, error = values_of(t, row, types, 2, x_error, in_bf16=True)
+    values, ones = hopper_transform_quantize.hopper_transform_quantize(
+        x, types, t.shift, t.channel_scale, t.left, t.right, t.clip, t.widths, t.slice_of_type,
+        2, 0, prologue,
+    )  # fmt: skip
+    error += BF16_ROUNDING * (exact.abs() + error)
+    assert bool(((to_plain_order(values).double() - exact).abs() <= error).all())
+    assert bool((ones == 1).all())
+
+
+@pytest.mark.parametrize("order", ["untyped", "mixed"])
+@pytest.mark.parametrize(
+    ("num_features", "rank", "own_rank", "qmax"),
+    [
+        (4096, 64, 0, 7),
+        (4096, 72, 24, 448),
+        (3584, 128, 32, 7),
+        (11008, 32, 0, 7),  # smaller chunks
+        (640, 8, 4, 7),
+        (256, 40, 0, 7),  # fewer chunks than places
+    ],
+)
+def test_branch(num_features: int, rank: int, own_rank: int, qmax: int, order: str) -> None:
+    """The reference that rounds in the same places sums in another order: of the codes a few may be others."""
+    z = (torch.randn(70, num_features) * (1 + torch.arange(70).unsqueeze(1))).bfloat16()
+    columns = torch.linalg.qr(torch.randn(num_features, rank))[0]
+    num_rows = 3 if own_rank == 0 else rank // own_rank + 1
+    operands = (
+        z,
+        branch_codes(columns).bfloat16().contiguous(),
+        torch.randint(-1, num_rows, (70,)) if order == "mixed" else None,
+        0.5 + 0.5 * torch.rand(num_rows),
+        1,
+        own_rank,
+        qmax,
+    )
+    codes, scale, coefficients = hopper_branch_quantize.hopper_branch_quantize(*operands)
+    want_codes, want_scale, want_coefficients = engine_ops.engine_branch_quantize(*operands)
+    difference = (codes.float() - want_codes.float()).abs()
+    assert float((difference > 0).float().mean()) < 2e-4
+    assert float(difference.max()) <= (1 if qmax == 7 else 32)
+    assert torch.allclose(scale, want_scale, rtol=1e-3)
+    assert torch.allclose(coefficients, want_coefficients, rtol=2**-6, atol=1e-3)
+
+
+def test_what_is_not_finite_in_a_branch_poisons_its_own_token() -> None:
+    z = torch.randn(4, 4096).bfloat16()
+    z[1], z[2] = torch.nan, torch.inf
+    columns = branch_codes(torch.linalg.qr(torch.randn(4096, 8))[0]).bfloat16().contiguous()
+    _, scale, _ = hopper_branch_quantize.hopper_branch_quantize(
+        z, columns, None, torch.ones(1), 0, 0, 7
+    )
+    assert scale.isfinite().flatten().tolist() == [True, False, False, True]
 
 
 def test_what_is_not_finite_poisons_its_own_token() -> None:

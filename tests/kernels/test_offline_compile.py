@@ -20,12 +20,14 @@ from offline import (
     compile_kernel,
 )
 
+from freeact_fx.codegen.kernels import hopper_branch_quantize
 from freeact_fx.codegen.kernels.hopper_int_mm import hopper_linear_kernel, layouts, registers
 from freeact_fx.codegen.kernels.hopper_transform_quantize import hopper_transform_quantize_kernel
 from freeact_fx.codegen.kernels.int_mm import int_mm_kernel
 from freeact_fx.codegen.kernels.transform_quantize import transform_quantize_kernel
 from freeact_fx.codegen.tiles import (
     TileConfig,
+    branch_tile,
     candidates,
     hopper_tiles,
     hopper_transform_tile,
@@ -173,7 +175,9 @@ def test_transform_to_e4m3(capability: int, num_features: int, prologue: str) ->
     assert compiled.local_bytes <= (320 if num_features == 18944 else 16)
 
 
-@pytest.mark.parametrize(("typed", "num_slices"), [(True, 1), (False, 1), (True, 3)])
+@pytest.mark.parametrize(
+    ("typed", "num_slices", "rank"), [(True, 1, 0), (False, 1, 0), (True, 3, 0), (True, 1, 72)]
+)
 @pytest.mark.parametrize(
     ("tile", "codes"),
     [
@@ -184,14 +188,18 @@ def test_transform_to_e4m3(capability: int, num_features: int, prologue: str) ->
     ],
     ids=str,
 )
-def test_hopper_linear(tile: TileConfig, codes: torch.dtype, typed: bool, num_slices: int) -> None:
+def test_hopper_linear(
+    tile: TileConfig, codes: torch.dtype, typed: bool, num_slices: int, rank: int
+) -> None:
     is_e4m3 = codes == torch.float8_e4m3fn
     shapes = (
         (tile.block_m, tile.block_k),
         (tile.rows, tile.block_k),
         (tile.block_m, tile.rows),
+        (tile.block_m, tile.block_k // 2),
+        (tile.block_k // 2, tile.rows),
     )
-    kinds = ("fp8e4nv" if is_e4m3 else "i8", "i8", "bf16")
+    kinds = ("fp8e4nv" if is_e4m3 else "i8", "i8", "bf16", "bf16", "bf16")
     tiles = zip(kinds, shapes, layouts(tile, torch.bfloat16, codes), strict=True)
     descriptors = [f"tensordesc<{kind}{list(shape)},{layout!r}>" for kind, shape, layout in tiles]
     constants = {
@@ -207,14 +215,16 @@ def test_hopper_linear(tile: TileConfig, codes: torch.dtype, typed: bool, num_sl
         "SPLIT_K": tile.split_k,
         "GROUP_REGISTERS": registers(tile)["GROUP_REGISTERS"],
         "PROMOTED": is_e4m3,
+        "RANK": rank,
         "num_warps": tile.num_warps,
     }
+    names = ("codes", "weight", "out", "coefficients", "branch")
     parts = {"partial_ptr": "*fp32" if is_e4m3 else "*i32", "counter_ptr": "*i32"}
     tables = {"bias_ptr": "*fp32", "type_ptr": "*i32"}
     compiled = compile_gluon(
         hopper_linear_kernel,
         arguments={
-            **dict(zip(("codes", "weight", "out"), descriptors, strict=True)),
+            **dict(zip(names[: 5 if rank else 3], descriptors, strict=False)),
             "weight_ptr": "*i8",
             **dict.fromkeys(("scale_ptr", "weight_scale_ptr"), "*fp32"),
             **(tables if typed else {}),
@@ -222,12 +232,16 @@ def test_hopper_linear(tile: TileConfig, codes: torch.dtype, typed: bool, num_sl
             **dict.fromkeys(("M", "N", "num_even", "row_bytes"), "i32"),
         },
         constants=constants
+        | ({} if rank else dict.fromkeys(names[3:]))
         | ({} if typed else dict.fromkeys(tables))
         | ({} if tile.split_k > 1 else dict.fromkeys(parts)),
         num_warps=tile.num_warps,
         maxnreg=registers(tile)["maxnreg"],
     )
     instructions = re.findall(r"wgmma\.mma_async[^;]+;", compiled.ptx)
+    of_branch = [i for i in instructions if re.search(BF16_ON_HOPPER, i)]
+    instructions = [i for i in instructions if i not in of_branch]
+    assert bool(of_branch) == bool(rank)
     wanted = (E4M3_INSTRUCTIONS if is_e4m3 else INT8_INSTRUCTIONS)[90]
     assert all(re.search(wanted, instruction) for instruction in instructions)
     assert all(map(_left_in_registers, instructions))
@@ -236,6 +250,52 @@ def test_hopper_linear(tile: TileConfig, codes: torch.dtype, typed: bool, num_sl
     assert compiled.local_bytes <= 176
     assert compiled.registers * 128 * (tile.groups + 1) * tile.programs <= 65536
     assert (compiled.shared_bytes + 1024) * tile.programs <= 228 * 1024
+
+
+@pytest.mark.parametrize("qmax", [7, 448])
+@pytest.mark.parametrize(
+    ("num_features", "rank", "own_rank"), [(4096, 64, 32), (12288, 128, 0), (640, 8, 0)]
+)
+@pytest.mark.parametrize("typed", [True, False])
+def test_hopper_branch(num_features: int, rank: int, own_rank: int, qmax: int, typed: bool) -> None:
+    tile = branch_tile(num_features, rank)
+    assert tile is not None
+    shapes = ((tile.block_m, tile.block_k), (tile.block_k, tile.block_r))
+    tiles = zip(shapes, hopper_branch_quantize.layouts(tile), strict=True)
+    z, columns = (f"tensordesc<bf16{list(shape)},{layout!r}>" for shape, layout in tiles)
+    types = {"type_ptr": "*i32"}
+    compiled = compile_gluon(
+        hopper_branch_quantize.hopper_branch_quantize_kernel,
+        arguments={
+            "z": z,
+            "columns": columns,
+            **(types if typed else {}),
+            **dict.fromkeys(("clip_ptr", "scale_ptr"), "*fp32"),
+            "codes_ptr": "*i8",
+            "coefficients_ptr": "*bf16",
+            "M": "i32",
+        },
+        constants=({} if typed else dict.fromkeys(types))
+        | {
+            "K": num_features,
+            "R": rank,
+            "OWN_RANK": own_rank,
+            "NUM_TYPES": 3,
+            "DEFAULT_TYPE": 0,
+            "QMAX": qmax,
+            "STEP": 0.01,
+            "STAGES": tile.num_stages,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_K": tile.block_k,
+            "BLOCK_R": tile.block_r,
+            "num_warps": tile.num_warps,
+        },
+        num_warps=tile.num_warps,
+    )
+    assert re.search(BF16_ON_HOPPER, compiled.ptx)
+    assert "cp.async.bulk.tensor" in compiled.ptx
+    assert compiled.local_bytes == 0
+    assert compiled.shared_bytes <= 227 * 1024
 
 
 @pytest.mark.parametrize(
@@ -260,16 +320,24 @@ def test_hopper_linear(tile: TileConfig, codes: torch.dtype, typed: bool, num_sl
     ],
     ids=str,
 )
-@pytest.mark.parametrize(("typed", "many"), [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize(
+    ("typed", "qmax", "many"),
+    [(True, 7, True), (False, 7, True), (True, 0, True), (True, 7, False)],
+)
 def test_hopper_transform(
-    shape: tuple[int, int], widths: tuple[int, ...], prologue: str, typed: bool, many: bool
+    shape: tuple[int, int],
+    widths: tuple[int, ...],
+    prologue: str,
+    typed: bool,
+    qmax: int,
+    many: bool,
 ) -> None:
     tile = hopper_transform_tile(shape[0], widths, shape[1], prologue.split()[0])
     assert tile is not None
     if not many:
         tile = tile.of_one_token
     factors = dict.fromkeys(("channel_scale_ptr", "left_ptr", "right_ptr", "clip_ptr"), "*fp32")
-    pointers = {"x_ptr": "*bf16", "shift_ptr": "*bf16", "codes_ptr": "*i8"}
+    pointers = {"x_ptr": "*bf16", "shift_ptr": "*bf16", "codes_ptr": "*i8" if qmax else "*bf16"}
     types = {"type_ptr": "*i32"}
     compiled = compile_gluon(
         hopper_transform_quantize_kernel,
@@ -290,7 +358,7 @@ def test_hopper_transform(
             "WIDTHS": widths,
             "SLICE_OF_TYPE": (0, len(widths) - 1, 0),
             "DEFAULT_TYPE": 0,
-            "QMAX": 7,
+            "QMAX": qmax,
             "ROWS": tile.rows,
             "COLUMNS": tile.columns[0],
             "COLUMNS_B": tile.columns[1],

@@ -45,8 +45,31 @@ def codes_of(
     *,
     in_bf16: bool = False,
 ) -> Bounds:
-    """Bounds on the codes of x [M, K]: in the kernel the token, both factors and the half-way result are fp16, in
-    units of the largest magnitude of each, and sums are fp32.
+    """Bounds on the codes of x [M, K]; the rest is that of ``values_of``."""
+    t = transform
+    exact, error = values_of(t, x, types, default_type, x_error, in_bf16=in_bf16)
+    types = None if types is None else types.long()
+    clip = reference.rows_of_type(t.clip, types, default_type).double().unsqueeze(-1)
+    scale = exact.abs().amax(-1, keepdim=True) * clip / qmax
+    scale_error = error.amax(-1, keepdim=True) * clip / qmax + 8 * FP32_ROUNDING * scale
+    grid = exact / scale
+    grid_error = (error / scale + grid.abs() * scale_error / scale) * (1 + 2**-8)
+    ends = ((grid + e).clamp(-qmax, qmax) for e in (-grid_error, grid_error))
+    low, high = (nearest_e4m3(e) if qmax == 448 else e.round() for e in ends)
+    return Bounds(low, high, scale, scale_error)
+
+
+def values_of(
+    transform: GroupTransform,
+    x: Tensor,
+    types: Tensor | None,
+    default_type: int,
+    x_error: Tensor | None = None,
+    *,
+    in_bf16: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """x [M, K] transformed, in fp64, and how far a kernel may be from that: there the token, both factors and the
+    half-way result are fp16, in units of the largest magnitude of each, and sums are fp32.
 
     x_error  [M, K]: how far the kernel's x may be from x
     in_bf16  the kernel for Hopper, where all that is bf16, each step of a token's way there too
@@ -88,14 +111,7 @@ def codes_of(
             most = rounded(half, units[0] * units[1]) @ rounded(right, units[2])
         most = most * (1 + (d1 + d2 + 8) * FP32_ROUNDING)
         error[m, first * d2 : last * d2] = (most - left @ token[m] @ right).flatten()
-    clip = reference.rows_of_type(t.clip, types, default_type).double().unsqueeze(-1)
-    scale = exact.abs().amax(-1, keepdim=True) * clip / qmax
-    scale_error = error.amax(-1, keepdim=True) * clip / qmax + 8 * FP32_ROUNDING * scale
-    grid = exact / scale
-    grid_error = (error / scale + grid.abs() * scale_error / scale) * (1 + 2**-8)
-    ends = ((grid + e).clamp(-qmax, qmax) for e in (-grid_error, grid_error))
-    low, high = (nearest_e4m3(e) if qmax == 448 else e.round() for e in ends)
-    return Bounds(low, high, scale, scale_error)
+    return exact, error
 
 
 def nearest_e4m3(values: Tensor) -> Tensor:

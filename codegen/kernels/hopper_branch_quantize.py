@@ -1,0 +1,291 @@
+"""Split the branch off transformed tokens and round what is left: plan ``branch`` on Hopper (Gluon).
+
+Coefficients ``c = z U`` take all of a token, its grid all of ``z - c U^T``, and neither fits a multiprocessor for as
+many tokens as tensor cores want. So a program goes three times over its tokens' z, which comes out of the L2 cache:
+for c, for the largest magnitude, and for the codes: forwards, backwards, and forwards again. z and the rows of U arrive
+by the copy engine in chunks, each in the place of its number modulo the places there are; so the last ones of one time
+over are the first of the next, and still there. A place is filled in turn by chunks of even and of odd ``chunk //
+STAGES``, which is the phase of its barrier.
+
+U is int8 codes of one constant step (``reference.branch_codes``), which bf16 holds exactly. z is rounded to bf16, and
+so is c before it is multiplied, as ``branch_product`` will: 2^-9 of the token or of its part in the branch, not of
+what is left. c leaves in units of the token's scale, as the Linear's sums are (``engine_ops.engine_linear``).
+
+Letters: M tokens, K features in engine order, P token types, R columns of the branch.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from freeact_fx.codegen.tiles import BranchTile, branch_tile
+from freeact_fx.reference import column_step
+
+from .hopper_int_mm import types_of
+from .hopper_transform_quantize import (
+    SMALLEST,
+    larger,
+    larger_magnitude,
+    to_e4m3,
+    to_int4,
+)
+from .launches import Launch
+from .stream_order import allow_next_kernel, wait_for_previous_kernel
+
+# Triton 3.9 has new names for both.
+_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+_NAN = gl.constexpr(float("nan"))
+
+
+@gluon.jit
+def copy_chunk(
+    z,
+    columns,
+    z_ring,
+    columns_ring,
+    full,
+    chunk,
+    first_m,
+    R: gl.constexpr,
+    NUM_CHUNKS: gl.constexpr,
+):
+    """Ask for a chunk of the tokens and its rows of U, if there is one of that number."""
+    STAGES: gl.constexpr = z_ring.shape[0]
+    BLOCK_M: gl.constexpr = z_ring.shape[1]
+    BLOCK_K: gl.constexpr = z_ring.shape[2]
+    BLOCK_R: gl.constexpr = columns_ring.shape[2]
+    # Rows of U are the even features and, behind them, the odd ones.
+    HALF: gl.constexpr = NUM_CHUNKS // 2
+    if (chunk >= 0) & (chunk < NUM_CHUNKS):
+        stage = chunk % STAGES
+        arrived = full.index(stage)
+        mbarrier.expect(arrived, 2 * BLOCK_K * (BLOCK_M + BLOCK_R))
+        _load(z, [first_m, chunk * BLOCK_K], arrived, z_ring.index(stage))
+        place = [chunk % HALF * BLOCK_K, chunk // HALF * R]
+        _load(columns, place, arrived, columns_ring.index(stage))
+
+
+@gluon.jit
+def residual(z_chunk, columns_chunk, coefficients, STEP: gl.constexpr, layout: gl.constexpr):
+    """``z - c U^T`` of a chunk, in fp32."""
+    BLOCK_M: gl.constexpr = z_chunk.shape[0]
+    BLOCK_K: gl.constexpr = z_chunk.shape[1]
+    of_branch = gl.zeros((BLOCK_M, BLOCK_K), gl.float32, layout)
+    columns = columns_chunk.permute((1, 0))
+    of_branch = warpgroup_mma(coefficients, columns, of_branch, use_acc=False, is_async=True)
+    z = z_chunk.load(layout).to(gl.float32)
+    of_branch = warpgroup_mma_wait(num_outstanding=0, deps=(of_branch,))
+    return z - STEP * of_branch
+
+
+@gluon.jit
+def hopper_branch_quantize_kernel(
+    z,  # descriptor of [M, K] bf16
+    columns,  # descriptor of [K / 2, 2 R] bf16: U in codes, the rows of an even and an odd feature side by side
+    type_ptr,  # [M] int, or None: all tokens are DEFAULT_TYPE
+    clip_ptr,  # [P] fp32
+    codes_ptr,  # [M, K] int8 or the bytes of e4m3
+    scale_ptr,  # [M] fp32
+    coefficients_ptr,  # [M, R] bf16, in units of the scale
+    M,
+    K: gl.constexpr,
+    R: gl.constexpr,
+    OWN_RANK: gl.constexpr,
+    NUM_TYPES: gl.constexpr,
+    DEFAULT_TYPE: gl.constexpr,
+    QMAX: gl.constexpr,
+    STEP: gl.constexpr,
+    STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    NUM_CHUNKS: gl.constexpr = K // BLOCK_K
+    # Both warp groups have all tokens, and half of the columns of a product.
+    of_coefficients: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0],
+        warps_per_cta=[4, num_warps // 4],
+        instr_shape=[16, 4 * BLOCK_R // num_warps, 16],
+    )
+    of_chunk: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0],
+        warps_per_cta=[4, num_warps // 4],
+        instr_shape=[16, 4 * BLOCK_K // num_warps, 16],
+    )
+    left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=of_chunk, k_width=2)
+    allow_next_kernel()
+    z_ring = gl.allocate_shared_memory(z.dtype, [STAGES, BLOCK_M, BLOCK_K], z.layout)
+    columns_ring = gl.allocate_shared_memory(
+        columns.dtype, [STAGES, BLOCK_K, BLOCK_R], columns.layout
+    )
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for ahead in gl.static_range(STAGES):
+        mbarrier.init(full.index(ahead), count=1)
+    wait_for_previous_kernel()
+    first_m = gl.program_id(0) * BLOCK_M
+    for ahead in gl.static_range(STAGES):
+        copy_chunk(z, columns, z_ring, columns_ring, full, ahead, first_m, R, NUM_CHUNKS)
+    # Coefficients; zeros for columns of other types, and for those behind R, which are the odd features'.
+    c = gl.zeros((BLOCK_M, BLOCK_R), gl.float32, of_coefficients)
+    for chunk in range(0, NUM_CHUNKS):
+        stage = chunk % STAGES
+        mbarrier.wait(full.index(stage), (chunk // STAGES) & 1)
+        c = warpgroup_mma(z_ring.index(stage), columns_ring.index(stage), c, is_async=True)
+        c = warpgroup_mma_wait(num_outstanding=0, deps=(c,))
+        _barrier()
+        copy_chunk(z, columns, z_ring, columns_ring, full, chunk + STAGES, first_m, R, NUM_CHUNKS)
+    tokens_of_c: gl.constexpr = gl.SliceLayout(1, of_coefficients)
+    m = first_m + gl.arange(0, BLOCK_M, tokens_of_c)
+    r = gl.arange(0, BLOCK_R, gl.SliceLayout(0, of_coefficients))
+    c = gl.where((r < R)[None, :], c * STEP, 0.0)
+    if OWN_RANK > 0:
+        owner = (r // OWN_RANK)[None, :]
+        if type_ptr is None:
+            c = gl.where(owner == DEFAULT_TYPE, c, 0.0)
+        else:
+            c = gl.where(owner == types_of(type_ptr, m, M, NUM_TYPES)[:, None], c, 0.0)
+    multiplied = gl.convert_layout(c.to(gl.bfloat16), left)
+    # The grid of each token. A maximum is a number if either of two is; where z is not finite nothing is.
+    largest = gl.full((BLOCK_M, BLOCK_K), _NAN, gl.float32, of_chunk)
+    for before in range(0, NUM_CHUNKS):
+        chunk = NUM_CHUNKS - 1 - before
+        stage = chunk % STAGES
+        mbarrier.wait(full.index(stage), (chunk // STAGES) & 1)
+        rest = residual(z_ring.index(stage), columns_ring.index(stage), multiplied, STEP, of_chunk)
+        _barrier()
+        copy_chunk(z, columns, z_ring, columns_ring, full, chunk - STAGES, first_m, R, NUM_CHUNKS)
+        largest = larger_magnitude(largest, rest)
+    m = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, of_chunk))
+    token_type = DEFAULT_TYPE
+    if type_ptr is not None:
+        token_type = types_of(type_ptr, m, M, NUM_TYPES)
+    per_code = larger(gl.max(largest, 1) * gl.load(clip_ptr + token_type) / QMAX, SMALLEST)
+    gl.store(scale_ptr + m, per_code, m < M)
+    c = (c / gl.convert_layout(per_code, tokens_of_c)[:, None]).to(gl.bfloat16)
+    m = first_m + gl.arange(0, BLOCK_M, tokens_of_c)
+    place = coefficients_ptr + m.to(gl.int64)[:, None] * R + r[None, :]
+    gl.store(place, c, (m < M)[:, None] & (r < R)[None, :])
+    per_unit = 1 / per_code
+    if QMAX == 7:
+        per_unit = 1 / (14 * per_code)
+    # Codes.
+    PER_ROW: gl.constexpr = BLOCK_K // 16
+    rows: gl.constexpr = gl.BlockedLayout([1, 16], [32 // PER_ROW, PER_ROW], [num_warps, 1], [1, 0])
+    m = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, rows))
+    k = gl.arange(0, BLOCK_K, gl.SliceLayout(0, rows))
+    target = codes_ptr + m.to(gl.int64)[:, None] * K + k[None, :]
+    for chunk in range(0, NUM_CHUNKS):
+        stage = chunk % STAGES
+        mbarrier.wait(full.index(stage), (chunk // STAGES) & 1)
+        rest = residual(z_ring.index(stage), columns_ring.index(stage), multiplied, STEP, of_chunk)
+        _barrier()
+        copy_chunk(z, columns, z_ring, columns_ring, full, chunk + STAGES, first_m, R, NUM_CHUNKS)
+        if QMAX == 448:
+            codes = to_e4m3(rest, per_unit[:, None])
+        else:
+            gl.static_assert(QMAX == 7)
+            codes = to_int4(rest, per_unit[:, None])
+        gl.store(target + chunk * BLOCK_K, gl.convert_layout(codes, rows), (m < M)[:, None])
+
+
+@functools.cache
+def layouts(tile: BranchTile) -> tuple[Any, Any]:
+    """Shared-memory layouts of a chunk of tokens and of the branch's columns."""
+    shared = gl.NVMMASharedLayout.get_default_for
+    return (
+        shared([tile.block_m, tile.block_k], gl.bfloat16),
+        shared([tile.block_k, tile.block_r], gl.bfloat16),
+    )
+
+
+def hopper_branch_quantize(
+    z: Tensor,
+    columns: Tensor,
+    token_type: Tensor | None,
+    clip: Tensor,
+    default_type: int,
+    own_rank: int,
+    qmax: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficients, and codes of what is left, of transformed tokens.
+
+    z           [M, K] bf16, contiguous
+    columns     [K, R] bf16, contiguous: codes of the branch (``reference.branch_codes``), rows in plain order
+    token_type  [M] integers, or None: all tokens are ``default_type``
+    clip        [P] fp32
+    own_rank    as in ``reference.transform``
+    qmax        7 or 448
+
+    Shapes are those of ``tiles.branch_tile``. Returns codes [M, K] int8 (e4m3 for 448), scale [M, 1] fp32 and
+    coefficients [M, R] bf16, in units of the scale.
+    """
+    (num_tokens, num_features), rank = z.shape, columns.shape[1]
+    codes = torch.empty(num_tokens, num_features, dtype=torch.int8, device=z.device)
+    scale = torch.empty(num_tokens, 1, dtype=torch.float32, device=z.device)
+    coefficients = torch.empty(num_tokens, rank, dtype=torch.bfloat16, device=z.device)
+    result = codes.view(torch.float8_e4m3fn) if qmax == 448 else codes, scale, coefficients
+    if num_tokens == 0:
+        return result
+    tile = branch_tile(num_features, rank)
+    assert tile is not None
+    of_z, of_columns = layouts(tile)
+    pairs = columns.view(num_features // 2, 2 * rank)
+    launch = _launch_of(tile, num_features, rank, own_rank, clip.shape[0], default_type, qmax)
+    launch(
+        z.device,
+        -(-num_tokens // tile.block_m),
+        TensorDescriptor.from_tensor(z, [tile.block_m, tile.block_k], of_z),
+        TensorDescriptor.from_tensor(pairs, [tile.block_k, tile.block_r], of_columns),
+        token_type,
+        clip,
+        codes,
+        scale,
+        coefficients,
+        num_tokens,
+    )
+    return result
+
+
+@functools.cache
+def _launch_of(
+    tile: BranchTile,
+    num_features: int,
+    rank: int,
+    own_rank: int,
+    num_types: int,
+    default_type: int,
+    qmax: int,
+) -> Launch:
+    return Launch(
+        hopper_branch_quantize_kernel,
+        K=num_features,
+        R=rank,
+        OWN_RANK=own_rank,
+        NUM_TYPES=num_types,
+        DEFAULT_TYPE=default_type,
+        QMAX=qmax,
+        STEP=column_step(num_features),
+        STAGES=tile.num_stages,
+        BLOCK_M=tile.block_m,
+        BLOCK_K=tile.block_k,
+        BLOCK_R=tile.block_r,
+        num_warps=tile.num_warps,
+        enable_fp_fusion=True,
+        launch_pdl=True,
+    )
