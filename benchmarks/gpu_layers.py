@@ -75,7 +75,9 @@ def typed_transform(num_features: int, config: QuantConfig, device: torch.device
         num_features, dataclasses.replace(config, plan="shift") if sliced else config
     )
     generator = torch.Generator().manual_seed(num_features)
-    shift = None if base.shift is None else torch.randn(base.shift.shape, generator=generator) / 8
+    shift = None
+    if base.shift is not None:
+        shift = (torch.randn(base.shift.shape, generator=generator) / 8).bfloat16()
     transform = dataclasses.replace(
         base, shift=shift, channel_scale=torch.rand(num_features, generator=generator) + 0.5
     )

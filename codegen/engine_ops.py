@@ -180,9 +180,8 @@ def fits_hopper_transform(
     left: Tensor, right: Tensor, widths: Sequence[int], prologue: str = "none"
 ) -> bool:
     """Whether the transform's kernel for Hopper has a shape; ``prologue`` is ``Prologue.kind``."""
-    d1, d2 = left.shape[0], right.shape[-1]
-    is_square = len(widths) == 1 and left.shape[1] == d1
-    return is_square and hopper_transform_tile(d1, d2, prologue) is not None
+    shape = (left.shape[0], tuple(widths), right.shape[-1])
+    return hopper_transform_tile(*shape, prologue) is not None
 
 
 @engine_fake(engine_transform_quantize)
@@ -312,6 +311,7 @@ def takes_branch(
         is_hopper(left.device)
         and qmax in (7, 448)
         and lowrank.dtype == torch.int8
+        and len(widths) == 1
         and fits_hopper_transform(left, right, widths)
         and branch_tile(*lowrank.shape) is not None
     )

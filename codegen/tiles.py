@@ -251,10 +251,12 @@ def transform_tile(d1: int, width: int, d2: int) -> TransformTile:
 class HopperTransformTile:
     """The padded shape of one token in the transform for Hopper: [rows, sum of columns].
 
+    rows                of the result: all slices
     columns             in one or two powers of two; the second is 0 if there is one
     rows_in             the same of the rows of X, which the first product sums over
     registers           of a thread, at most
-    per_multiprocessor  programs that a multiprocessor gets: what was fastest on an H100
+    per_multiprocessor  programs that a multiprocessor gets
+    ahead               whether a program prepares a token while it makes the codes of the one before
     """
 
     rows: int
@@ -263,29 +265,58 @@ class HopperTransformTile:
     num_warps: int
     registers: int
     per_multiprocessor: int
+    ahead: bool
+
+    @property
+    def of_one_token(self) -> HopperTransformTile:
+        """For programs that have no next token to be ahead with. With it on a multiprocessor fits a product's tile of few
+        tokens: the product before may still run, and the one after begin."""
+        return replace(self, ahead=False, registers=min(self.registers, 1280 // self.num_warps))
 
 
 @functools.cache
-def hopper_transform_tile(d1: int, d2: int, prologue: str = "none") -> HopperTransformTile | None:
-    """The tile of a square Kronecker shape, or None where the portable kernel is for it: rows that would be mostly
-    padding of a warp group's 64, and what does not fit its registers.
+def hopper_transform_tile(
+    d1: int, widths: tuple[int, ...], d2: int, prologue: str = "none"
+) -> HopperTransformTile | None:
+    """The tile of a Kronecker shape, or None where the portable kernel is for it: rows that would be mostly padding of
+    a warp group's 64, and what does not fit its registers or shared memory.
 
+    widths    rows of the result that each slice has
     prologue  ``Prologue.kind``
     """
-    rows, columns = _padded(d1), _in_pieces(d2)
+    rows, columns = _padded(sum(widths)), _in_pieces(d2)
+    rows_in = (_padded(d1), 0) if columns[1] else _in_pieces(d1)
     if not (64 <= rows <= 128 and 16 <= columns[0] <= 128) or d2 % 2:
         return None
-    size = rows * sum(columns)
+    if not rows // 2 <= sum(rows_in) <= 128 or sum(rows_in) * sum(columns) > rows * 160:
+        return None
+    size = max(rows, sum(rows_in)) * sum(columns)
     if prologue == "gelu" and size > 64 * 64:  # the error function spills registers
         return None
-    rows_in = (rows, 0) if columns[1] else _in_pieces(d1)
     if size <= 64 * 64:
+        # A program that works ahead needs 120 registers, so that five of them would not fit; with a norm there are
+        # four anyway.
         registers, programs = (96, 5) if prologue == "none" else (128, 4)
+        ahead = prologue == "rms"
     elif size <= 64 * 128:
-        registers, programs = 168, 3
+        registers, programs = (168, 3) if size <= 64 * 96 else (255, 2)
+        if rows == 128:
+            registers, programs = 128, 2
+        ahead = True
     else:
-        registers, programs = (168 if prologue == "none" and not columns[1] else 255), 1
-    return HopperTransformTile(rows, columns, rows_in, rows // 16, registers, programs)
+        registers, programs, ahead = 255, 1, True
+    num_slices, num_tokens = len(widths), 2 if ahead else 1
+    factors = num_slices * (sum(rows_in) * rows + sum(columns) ** 2)
+    shared_bytes = 2 * (factors + num_tokens * sum(rows_in) * sum(columns))
+    if columns[1]:  # scales of channels
+        shared_bytes += 2 * sum(rows_in) * sum(columns)
+    if d2 % 16:  # codes
+        shared_bytes += rows * sum(columns)
+    # The chip keeps a KiB for each program.
+    programs = min(programs, (_SHARED_BYTES[90] + 1024) // (shared_bytes + 1024 + 128))
+    if programs == 0:
+        return None
+    return HopperTransformTile(rows, columns, rows_in, rows // 16, registers, programs, ahead)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,19 @@
-"""``transform_quantize`` for Hopper, written for its warp groups (Gluon): codes of 4 bits or e4m3, one slice. For
+"""``transform_quantize`` for Hopper, written for its warp groups (Gluon): codes of 4 bits or e4m3. For
 ``branch_quantize`` it leaves Z in bf16 instead of codes.
 
-A program works on one token at a time; several programs on a multiprocessor wait for each other's loads, which is why
-registers are few: ``HopperTransformTile.registers``. ``Z = (L^T X) R``: both factors stay in shared memory for all
-tokens, and a token goes through it; what the first product leaves in registers is the left operand of the second. The
-rows of X, or else its columns, are taken in pieces A and B of two powers of two where one would be mostly padding (96 =
-64 + 32); B may be absent. The prologue (norm or activation) is that of ``transform_prologue``.
+``Z = (L^T X) R``: both factors stay in shared memory for all tokens, and a token goes through it; what the first
+product leaves in registers is the left operand of the second. The rows of X, or else its columns, are taken in pieces A
+and B of two powers of two where one would be mostly padding (96 = 64 + 32); B may be absent. The prologue (norm or
+activation) is that of ``transform_prologue``.
+
+A program works on one token at a time. While it waits, others of the multiprocessor work, as many as there are
+registers for; or, if tokens are wide, the program itself is ahead (``HopperTransformTile.ahead``): it prepares the next
+token while the second product of this one is computed, and makes the codes of this one during the next one's first.
+
+An RMS norm divides codes and scale alike: z is made of x, and from x the norm times the shift is taken away. So there
+is nothing to multiply a token with before the transform, and less is rounded.
+
+Slices (``widths``) are zeros in the columns of L: a token gets the L and the R of its slice, and the codes of all rows.
 
 Why bf16 where the portable kernel has fp16: it needs no search for the largest magnitude of a token, and two values
 share an instruction. This kernel waits for instructions, not for memory, and 2^-9 of a value is far below the
@@ -30,6 +38,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from freeact_fx.codegen.prologue import NO_PROLOGUE, Prologue
 from freeact_fx.codegen.tiles import HopperTransformTile, hopper_transform_tile
 
+from .hopper_arithmetic import (
+    activation,
+    larger,
+    larger_magnitude,
+    minus,
+    times,
+    times_plus,
+    to_e4m3,
+    to_int4,
+)
 from .launches import Launch
 from .stream_order import allow_next_kernel, wait_for_previous_kernel
 from .transform_quantize import rows_in_memory
@@ -40,148 +58,76 @@ _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
-def larger(one, other):
-    return gl.where((one >= other) | (one != one), one, other)
+def by_thread(tile, num_warps: gl.constexpr):
+    """What each thread has of a piece in ``memory_layout``: [threads, values]."""
+    ROWS: gl.constexpr = tile.shape[0]
+    AT_ONCE: gl.constexpr = neighbours(ROWS, tile.shape[1], num_warps)
+    PER_ROW: gl.constexpr = tile.shape[1] // AT_ONCE
+    OF_WARP: gl.constexpr = 32 // PER_ROW
+    TIMES: gl.constexpr = ROWS // (OF_WARP * num_warps)
+    values = gl.reshape(tile, (TIMES, num_warps, OF_WARP, PER_ROW, AT_ONCE))
+    return gl.reshape(gl.permute(values, (1, 2, 3, 0, 4)), (32 * num_warps, TIMES * AT_ONCE))
 
 
 @gluon.jit
-def minus(one, other):
-    return gl.inline_asm_elementwise(
-        "sub.rn.bf16x2 $0, $1, $2;", "=r,r,r", [one, other], dtype=gl.bfloat16, is_pure=True, pack=2
-    )
+def sum_in_threads(tile, num_warps: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    return gl.convert_layout(gl.sum(by_thread(tile, num_warps), 1), layout, assert_trivial=True)
+
+
+@gluon.constexpr_function
+def log2(power):
+    return power.bit_length() - 1
 
 
 @gluon.jit
-def times(one, other):
-    return gl.inline_asm_elementwise(
-        "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [one, other], dtype=gl.bfloat16, is_pure=True, pack=2
-    )
+def magnitude_in_threads(even, odd, num_warps: gl.constexpr):
+    """The largest magnitude that each thread has in ``layout_of_pairs``, as bits: a NaN's are larger than all numbers'.
 
-
-@gluon.jit
-def times_plus(one, other, third):
-    return gl.inline_asm_elementwise(
-        "fma.rn.bf16x2 $0, $1, $2, $3;",
-        "=r,r,r,r",
-        [one, other, third],
-        dtype=gl.bfloat16,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@gluon.jit
-def larger_magnitude(one, other):
-    """As a modifier of its operands a magnitude costs nothing."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .f32 a, b;
-        abs.f32 a, $1;
-        abs.f32 b, $2;
-        max.f32 $0, a, b;
-        }""",
-        "=f,f,f",
-        [one, other],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
-def to_int4(z, per_unit):
-    """``14 * z * per_unit`` to the nearest integers in [-7, 7].
-
-    Saturation is free where it is to [0, 1]; what is then added makes the low byte of an fp32 the integer.
+    Bits because threads compare integers in one instruction. In a tree: one after the other they would wait.
     """
-    # 0.5, 14, and 1.5 * 2^23 - 7
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .f32 a, b, c, d;
-        .reg .b32 low, high;
-        fma.rn.sat.f32 a, $1, $5, 0f3F000000;
-        fma.rn.sat.f32 b, $2, $6, 0f3F000000;
-        fma.rn.sat.f32 c, $3, $7, 0f3F000000;
-        fma.rn.sat.f32 d, $4, $8, 0f3F000000;
-        fma.rn.f32 a, a, 0f41600000, 0f4B3FFFF9;
-        fma.rn.f32 b, b, 0f41600000, 0f4B3FFFF9;
-        fma.rn.f32 c, c, 0f41600000, 0f4B3FFFF9;
-        fma.rn.f32 d, d, 0f41600000, 0f4B3FFFF9;
-        prmt.b32 low, a, b, 0x0040;
-        prmt.b32 high, c, d, 0x0040;
-        prmt.b32 $0, low, high, 0x5410;
-        }""",
-        "=r,r,r,r,r,r,r,r,r",
-        [z, per_unit],
-        dtype=gl.int8,
-        is_pure=True,
-        pack=4,
-    )
+    ROWS: gl.constexpr = even.shape[0]
+    PAIRS: gl.constexpr = even.shape[1]
+    tile = gl.reshape(larger_magnitude(even, odd), (ROWS // 16, 2, 8, 4, PAIRS // 4))
+    tile = gl.reshape(gl.permute(tile, (0, 2, 3, 1, 4)), (2 * ROWS, PAIRS // 2))
+    for _ in gl.static_range(log2(PAIRS // 2)):
+        one, other = gl.split(gl.reshape(tile, (2 * ROWS, tile.shape[1] // 2, 2)))
+        tile = larger_magnitude(one, other)
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    of_thread = gl.reshape(tile, (2 * ROWS,)).to(gl.int32, bitcast=True)
+    return gl.convert_layout(of_thread, layout, assert_trivial=True)
 
 
 @gluon.jit
-def to_e4m3(z, per_unit):
-    """``z * per_unit`` to the nearest e4m3 values, as bytes."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .f32 a, b, c, d;
-        .reg .b16 low, high;
-        mul.rn.f32 a, $1, $5;
-        mul.rn.f32 b, $2, $6;
-        mul.rn.f32 c, $3, $7;
-        mul.rn.f32 d, $4, $8;
-        cvt.rn.satfinite.e4m3x2.f32 low, b, a;
-        cvt.rn.satfinite.e4m3x2.f32 high, d, c;
-        mov.b32 $0, {low, high};
-        }""",
-        "=r,r,r,r,r,r,r,r,r",
-        [z, per_unit],
-        dtype=gl.int8,
-        is_pure=True,
-        pack=4,
-    )
+def exchanged(of_warp, slots, num_warps: gl.constexpr):
+    """A value of each warp, in every thread. Between two uses of the same slots there must be another barrier."""
+    slots.store(of_warp)
+    _barrier()
+    return slots.load(gl.BlockedLayout([num_warps], [32], [num_warps], [0]))
 
 
 @gluon.jit
-def sigmoid(x):
-    """In approximate functions of the chip, exact to about 2^-21."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .f32 e;
-        mul.f32 e, $1, 0fBFB8AA3B;
-        ex2.approx.ftz.f32 e, e;
-        add.f32 e, e, 0f3F800000;
-        rcp.approx.ftz.f32 $0, e;
-        }""",
-        "=f,f",
-        [x],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=1,
-    )
+def sum_of_threads(of_thread, slots, num_warps: gl.constexpr):
+    of_warp = gl.sum(gl.reshape(of_thread, (num_warps, 32)), 1)
+    return gl.sum(exchanged(of_warp, slots, num_warps), 0)
 
 
 @gluon.jit
-def activation(x, KIND: gl.constexpr):
-    """As in ``transform_prologue``."""
-    if KIND == "gelu":
-        return 0.5 * x * (1.0 + gl.erf(x * 0.7071067811865476))
-    elif KIND == "gelu_tanh":
-        return x * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    else:
-        return x * sigmoid(x)
+def largest_of_threads(of_thread, slots, num_warps: gl.constexpr):
+    of_warp = gl.max(gl.reshape(of_thread, (num_warps, 32)), 1)
+    return gl.max(exchanged(of_warp, slots, num_warps), 0).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
-def sum_of(tile):
-    """At once over both dimensions: each exchange between threads takes time."""
-    return gl.sum(gl.reshape(tile, (tile.shape[0] * tile.shape[1],)), 0)
-
-
-@gluon.jit
-def bf16_tile(ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+def bf16_tiles(NUMBER: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], gl.bfloat16)
-    return gl.allocate_shared_memory(gl.bfloat16, [ROWS, COLUMNS], layout)
+    return gl.allocate_shared_memory(gl.bfloat16, [NUMBER, ROWS, COLUMNS], layout)
+
+
+@gluon.jit
+def row_major(dtype, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
+    return gl.allocate_shared_memory(dtype, [ROWS, COLUMNS], layout)
 
 
 @gluon.jit
@@ -222,12 +168,6 @@ def even_and_odd(z):
     return gl.convert_layout(even, layout), gl.convert_layout(odd, layout)
 
 
-@gluon.jit
-def largest_of(even, odd):
-    size: gl.constexpr = even.shape[0] * even.shape[1]
-    return gl.max(gl.reshape(larger_magnitude(even, odd), (size,)), 0)
-
-
 @gluon.constexpr_function
 def row_by_row(pairs, num_warps):
     per_row = min(pairs // 2, 32)
@@ -235,30 +175,23 @@ def row_by_row(pairs, num_warps):
 
 
 @gluon.jit
-def store_codes(
-    target,
-    z,
-    per_code,
-    FIRST: gl.constexpr,
-    D1: gl.constexpr,
-    D2: gl.constexpr,
-    QMAX: gl.constexpr,
-    num_warps: gl.constexpr,
-):
-    """Codes of the even or of the odd columns of a piece of Z, from pair FIRST of each row on; for QMAX 0 itself."""
+def codes_of(z, per_code, QMAX: gl.constexpr):
+    """For QMAX 0 z times per_code, in bf16."""
     if QMAX == 0:
-        codes = z.to(gl.bfloat16)
+        return (z * per_code).to(gl.bfloat16)
     elif QMAX == 448:
-        codes = to_e4m3(z, 1 / per_code)
+        return to_e4m3(z, 1 / per_code)
     else:
         gl.static_assert(QMAX == 7)
-        codes = to_int4(z, 1 / (14 * per_code))
-    if D2 % 16 != 0:
-        # Rows begin where a thread could not write its codes at once: exchanged, so that a warp's are side by side.
-        codes = gl.convert_layout(codes, row_by_row(z.shape[1], num_warps))
+        return to_int4(z, 1 / (14 * per_code))
+
+
+@gluon.jit
+def store_codes(target, codes, FIRST: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr):
+    """Codes of the even or of the odd columns of a piece of Z, from pair FIRST of each row on."""
     layout: gl.constexpr = codes.type.layout
-    row = gl.arange(0, z.shape[0], gl.SliceLayout(1, layout))[:, None]
-    pair = FIRST + gl.arange(0, z.shape[1], gl.SliceLayout(0, layout))[None, :]
+    row = gl.arange(0, codes.shape[0], gl.SliceLayout(1, layout))[:, None]
+    pair = FIRST + gl.arange(0, codes.shape[1], gl.SliceLayout(0, layout))[None, :]
     gl.store(target + row * (D2 // 2) + pair, codes, (row < D1) & (pair < D2 // 2))
 
 
@@ -272,8 +205,18 @@ def type_of(type_ptr, token, DEFAULT_TYPE: gl.constexpr, NUM_TYPES: gl.constexpr
 
 
 @gluon.jit
-def fetch_row(row_ptr, SIZE: gl.constexpr, K: gl.constexpr, num_warps: gl.constexpr):
-    """Ask for the lines of a row [K]; SIZE is K or a larger power of two."""
+def slice_of(token_type, SLICE_OF_TYPE: gl.constexpr, NUM_SLICES: gl.constexpr):
+    in_slice = 0
+    if NUM_SLICES > 1:
+        for t in gl.static_range(len(SLICE_OF_TYPE)):
+            in_slice = gl.where(token_type == t, SLICE_OF_TYPE[t], in_slice)
+    return in_slice
+
+
+@gluon.jit
+def fetch_row(row_ptr, K: gl.constexpr, num_warps: gl.constexpr):
+    """Ask for the lines of a row [K]."""
+    SIZE: gl.constexpr = 2 ** log2(2 * K - 1)
     LINE: gl.constexpr = 1024 // row_ptr.dtype.element_ty.primitive_bitwidth
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
     place = gl.minimum(gl.arange(0, SIZE // LINE, layout) * LINE, K - 1)
@@ -304,10 +247,17 @@ def place_of(
 
 
 @gluon.constexpr_function
-def memory_layout(columns, num_warps):
-    """Eight neighbours to a thread, rows of a piece one after the other."""
-    per_row = min(columns // 8, 32)
-    return gl.BlockedLayout([1, 8], [32 // per_row, per_row], [num_warps, 1], [1, 0])
+def neighbours(rows, columns, num_warps):
+    """Of a row that a thread has; eight, or fewer so that each thread has some."""
+    return min(8, rows * columns // (32 * num_warps))
+
+
+@gluon.constexpr_function
+def memory_layout(rows, columns, num_warps):
+    """Neighbours to a thread, rows of a piece one after the other."""
+    per_thread = neighbours(rows, columns, num_warps)
+    per_row = columns // per_thread
+    return gl.BlockedLayout([1, per_thread], [32 // per_row, per_row], [num_warps, 1], [1, 0])
 
 
 @gluon.constexpr_function
@@ -324,13 +274,54 @@ def load_factor(
     ROWS: gl.constexpr,
     FIRST_COLUMN: gl.constexpr,
     COLUMNS: gl.constexpr,
-    SIZE: gl.constexpr,
+    NUM_ROWS: gl.constexpr,
+    NUM_COLUMNS: gl.constexpr,
+    START: gl.constexpr,
+    END: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """A piece of a factor [SIZE, SIZE] in bf16."""
-    layout: gl.constexpr = memory_layout(COLUMNS, num_warps)
-    offset, inside = place_of(FIRST_ROW, ROWS, FIRST_COLUMN, COLUMNS, SIZE, SIZE, layout)
-    return gl.load(ptr + offset, inside, 0.0).to(gl.bfloat16)
+    """A piece of a factor [NUM_ROWS, NUM_COLUMNS] in bf16; zeros outside of its columns START to END."""
+    layout: gl.constexpr = memory_layout(ROWS, COLUMNS, num_warps)
+    row = FIRST_ROW + gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
+    column = FIRST_COLUMN + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
+    inside = (row < NUM_ROWS) & (column >= START) & (column < END)
+    return gl.load(ptr + row * NUM_COLUMNS + column, inside, 0.0).to(gl.bfloat16)
+
+
+@gluon.jit
+def put_left(
+    tile,
+    ptr,
+    FIRST_ROW: gl.constexpr,
+    NUM_ROWS: gl.constexpr,
+    NUM_COLUMNS: gl.constexpr,
+    START: gl.constexpr,
+    WIDTH: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """A piece of a slice of the left factor into shared memory."""
+    ROWS: gl.constexpr = tile.shape[0]
+    COLUMNS: gl.constexpr = tile.shape[1]
+    piece = load_factor(
+        ptr, FIRST_ROW, ROWS, 0, COLUMNS, NUM_ROWS, NUM_COLUMNS, START, START + WIDTH, num_warps
+    )
+    tile.store(piece)
+
+
+@gluon.jit
+def put_right(
+    tile,
+    ptr,
+    FIRST_ROW: gl.constexpr,
+    FIRST_COLUMN: gl.constexpr,
+    D2: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """A piece of the right factor into shared memory."""
+    ROWS: gl.constexpr = tile.shape[0]
+    COLUMNS: gl.constexpr = tile.shape[1]
+    piece = load_factor(ptr, FIRST_ROW, ROWS, FIRST_COLUMN, COLUMNS, D2, D2, 0, D2, num_warps)
+    tile.store(for_contiguous_codes(piece))
 
 
 @gluon.jit
@@ -345,6 +336,38 @@ def load_once(row, place):
     """Past the L1 cache, which is for what all tokens need: shifts."""
     offset, inside = place
     return gl.load(row + offset, inside, 0.0, cache_modifier=".cg")
+
+
+@gluon.jit
+def packed(x):
+    """Neighbours of 16 bits in a register, as a loop should carry them: it would give each a register of its own, and
+    wait for memory where it ends."""
+    if x.dtype.primitive_bitwidth == 16:
+        even, odd = gl.split(gl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+        return gl.inline_asm_elementwise(
+            "mov.b32 $0, {$1, $2};", "=r,h,h", [even, odd], dtype=gl.int32, is_pure=False, pack=1
+        )
+    else:
+        return x
+
+
+@gluon.jit
+def unpacked(x, dtype: gl.constexpr, num_warps: gl.constexpr):
+    if dtype.primitive_bitwidth == 16:
+        even, odd = gl.inline_asm_elementwise(
+            "mov.b32 {$0, $1}, $2;",
+            "=h,=h,r",
+            [x],
+            dtype=(gl.int16, gl.int16),
+            is_pure=True,
+            pack=1,
+        )
+        ROWS: gl.constexpr = x.shape[0]
+        COLUMNS: gl.constexpr = 2 * x.shape[1]
+        x = gl.reshape(gl.join(even, odd), (ROWS, COLUMNS)).to(dtype, bitcast=True)
+        layout: gl.constexpr = memory_layout(ROWS, COLUMNS, num_warps)
+        x = gl.convert_layout(x, layout, assert_trivial=True)
+    return x
 
 
 @gluon.jit
@@ -369,8 +392,21 @@ def centred(x, mean, place):
 
 
 @gluon.jit
-def prepared(x, inverse, weight, bias, shift_row, channel_scale, place):
-    """What is transformed of a piece of a token, in bf16: normed, minus the shift of its type, scaled."""
+def prepared(
+    x,
+    inverse,
+    rms,
+    weight,
+    bias,
+    shift_row,
+    channel_scale,
+    place,
+    SCALE_IN_SHARED: gl.constexpr,
+):
+    """What is transformed of a piece of a token, in bf16: normed, minus the shift of its type, scaled.
+
+    rms  instead of inverse: all of it times this, so that what is normed is x itself
+    """
     if inverse is not None:
         x = x.to(gl.float32) * inverse
     x = x.to(gl.bfloat16)
@@ -383,10 +419,214 @@ def prepared(x, inverse, weight, bias, shift_row, channel_scale, place):
         x = times(x, weight)
     if shift_row is not None:
         offset, inside = place
-        x = minus(x, gl.load(shift_row + offset, inside, 0.0).to(gl.bfloat16))
+        shift = gl.load(shift_row + offset, inside, 0.0).to(gl.bfloat16)
+        if rms is None:
+            x = minus(x, shift)
+        else:
+            # In two parts: one of them would be wrong by up to 2^-9 in all channels alike.
+            high = rms.to(gl.bfloat16)
+            low = (rms - high.to(gl.float32)).to(gl.bfloat16)
+            x = times_plus(shift, -high, x)
+            x = times_plus(shift, -low, x)
     if channel_scale is not None:
+        if SCALE_IN_SHARED:
+            channel_scale = channel_scale.load(x.type.layout)
         x = times(x, channel_scale)
     return x
+
+
+@gluon.jit
+def put_token(
+    tile_a,
+    tile_b,
+    x_a,
+    x_b,
+    token,
+    token_type,
+    tables,
+    piece_a,
+    piece_b,
+    slots,
+    DTYPE: gl.constexpr,
+    K: gl.constexpr,
+    PROLOGUE: gl.constexpr,
+    EPS: gl.constexpr,
+    HAS_B: gl.constexpr,
+    SCALE_IN_SHARED: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """What is transformed of a token goes to shared memory. Returns what its scale is to be multiplied with."""
+    place_a, weight_a, bias_a, channel_scale_a = piece_a
+    place_b, weight_b, bias_b, channel_scale_b = piece_b
+    other_ptr, other_stride, total_ptr, shift_ptr = tables
+    other_row, total_row, shift_row = other_ptr, total_ptr, shift_ptr
+    if other_ptr is not None:
+        other_row += token * other_stride
+    if total_ptr is not None:
+        total_row += token * K
+    if shift_ptr is not None:
+        shift_row += token_type * K
+    x_a = unpacked(x_a, DTYPE, num_warps)
+    x_a = begun(x_a, other_row, total_row, place_a, PROLOGUE)
+    if HAS_B:
+        x_b = unpacked(x_b, DTYPE, num_warps)
+        x_b = begun(x_b, other_row, total_row, place_b, PROLOGUE)
+    if PROLOGUE == "layer":
+        mean = sum_in_threads(x_a.to(gl.float32), num_warps)
+        if HAS_B:
+            mean += sum_in_threads(x_b.to(gl.float32), num_warps)
+        mean = sum_of_threads(mean, slots.index(1), num_warps) / K
+        x_a = centred(x_a, mean, place_a)
+        if HAS_B:
+            x_b = centred(x_b, mean, place_b)
+    unit = 1.0
+    inverse, rms = None, None
+    if PROLOGUE == "rms" or PROLOGUE == "layer":
+        variance = sum_in_threads(x_a.to(gl.float32) * x_a.to(gl.float32), num_warps)
+        if HAS_B:
+            variance += sum_in_threads(x_b.to(gl.float32) * x_b.to(gl.float32), num_warps)
+        variance = sum_of_threads(variance, slots.index(0), num_warps) / K + EPS
+        if PROLOGUE == "rms" and bias_a is None:
+            unit = gl.rsqrt(variance)
+            rms = variance * unit
+        else:
+            inverse = gl.rsqrt(variance)
+    IN_SHARED: gl.constexpr = SCALE_IN_SHARED
+    x_a = prepared(
+        x_a, inverse, rms, weight_a, bias_a, shift_row, channel_scale_a, place_a, IN_SHARED
+    )
+    tile_a.store(x_a)
+    if HAS_B:
+        x_b = prepared(
+            x_b, inverse, rms, weight_b, bias_b, shift_row, channel_scale_b, place_b, IN_SHARED
+        )
+        tile_b.store(x_b)
+    return unit
+
+
+@gluon.jit
+def first_product(
+    lefts,
+    tokens,
+    in_slice,
+    turn,
+    IN_B: gl.constexpr,
+    COLUMNS_B: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """Begin Y = L^T X: fp32 sums of bf16 products, in one piece of columns or two."""
+    left = lefts[0].index(in_slice).permute((1, 0))
+    token_a = tokens[0].index(turn)
+    token_b = tokens[1].index(turn)
+    ROWS: gl.constexpr = left.shape[0]
+    COLUMNS: gl.constexpr = token_a.shape[1]
+    y_a = gl.zeros((ROWS, COLUMNS), gl.float32, product_layout(COLUMNS, num_warps))
+    y_a = warpgroup_mma(left, token_a, y_a, use_acc=False, is_async=True)
+    if IN_B > 0:
+        left_b = lefts[1].index(in_slice).permute((1, 0))
+        y_a = warpgroup_mma(left_b, token_b, y_a, is_async=True)
+        return (y_a,)
+    elif COLUMNS_B > 0:
+        y_b = gl.zeros((ROWS, COLUMNS_B), gl.float32, product_layout(COLUMNS_B, num_warps))
+        y_b = warpgroup_mma(left, token_b, y_b, use_acc=False, is_async=True)
+        return (y_a, y_b)
+    else:
+        return (y_a,)
+
+
+@gluon.jit
+def second_product(y, rights, in_slice, num_warps: gl.constexpr):
+    """Begin Z = Y R, Y in bf16, in as many pieces."""
+    right_aa, right_ba, right_ab, right_bb = rights
+    ROWS: gl.constexpr = y[0].shape[0]
+    COLUMNS: gl.constexpr = y[0].shape[1]
+    mma: gl.constexpr = product_layout(COLUMNS, num_warps)
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma, k_width=2)
+    z_a = gl.zeros((ROWS, COLUMNS), gl.float32, mma)
+    y_a = y[0].to(gl.bfloat16)
+    y_aa = gl.convert_layout(y_a, operand)
+    z_a = warpgroup_mma(y_aa, right_aa.index(in_slice), z_a, use_acc=False, is_async=True)
+    if len(y) == 1:
+        return (z_a,)
+    else:
+        COLUMNS_B: gl.constexpr = y[1].shape[1]
+        mma_b: gl.constexpr = product_layout(COLUMNS_B, num_warps)
+        operand_b: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma_b, k_width=2)
+        z_b = gl.zeros((ROWS, COLUMNS_B), gl.float32, mma_b)
+        y_b = y[1].to(gl.bfloat16)
+        y_ba = gl.convert_layout(y_b, operand)
+        y_ab = gl.convert_layout(y_a, operand_b)
+        y_bb = gl.convert_layout(y_b, operand_b)
+        z_a = warpgroup_mma(y_ba, right_ba.index(in_slice), z_a, is_async=True)
+        z_b = warpgroup_mma(y_ab, right_ab.index(in_slice), z_b, use_acc=False, is_async=True)
+        z_b = warpgroup_mma(y_bb, right_bb.index(in_slice), z_b, is_async=True)
+        return (z_a, z_b)
+
+
+@gluon.jit
+def waited_for(product):
+    if len(product) == 1:
+        return (warpgroup_mma_wait(num_outstanding=0, deps=(product[0],)),)
+    else:
+        return warpgroup_mma_wait(num_outstanding=0, deps=(product[0], product[1]))
+
+
+@gluon.jit
+def put_codes(
+    z,
+    unit,
+    clip,
+    codes_row,
+    scale_ptr,
+    slots,
+    exchange,
+    D1: gl.constexpr,
+    D2: gl.constexpr,
+    QMAX: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """Grid of a token, and its codes: even columns of all rows, then the odd ones. D1 is of the result.
+
+    A NaN or an infinity in x is in all of Z.
+    """
+    even_a, odd_a = even_and_odd(z[0])
+    if len(z) == 2:
+        even_b, odd_b = even_and_odd(z[1])
+    if QMAX == 0:
+        per_code = unit
+        gl.store(scale_ptr, 1.0)
+        _barrier()  # that of the exchange: all warps have waited for their products
+    else:
+        largest = magnitude_in_threads(even_a, odd_a, num_warps)
+        if len(z) == 2:
+            largest = gl.maximum(largest, magnitude_in_threads(even_b, odd_b, num_warps))
+        largest = largest_of_threads(largest, slots, num_warps)
+        per_code = larger(largest * clip / QMAX, SMALLEST)
+        gl.store(scale_ptr, larger(per_code * unit, SMALLEST))
+    odd_row = codes_row + D1 * (D2 // 2)
+    FIRST_B: gl.constexpr = z[0].shape[1] // 2
+    if D2 % 16 == 0 or QMAX == 0:
+        store_codes(codes_row, codes_of(even_a, per_code, QMAX), 0, D1, D2)
+        store_codes(odd_row, codes_of(odd_a, per_code, QMAX), 0, D1, D2)
+        if len(z) == 2:
+            store_codes(codes_row, codes_of(even_b, per_code, QMAX), FIRST_B, D1, D2)
+            store_codes(odd_row, codes_of(odd_b, per_code, QMAX), FIRST_B, D1, D2)
+    else:
+        # Rows begin where a thread could not write its codes at once: exchanged, so that a warp's are side by side.
+        even_codes_a, odd_codes_a, even_codes_b, odd_codes_b = exchange
+        even_codes_a.store(codes_of(even_a, per_code, QMAX))
+        odd_codes_a.store(codes_of(odd_a, per_code, QMAX))
+        if len(z) == 2:
+            even_codes_b.store(codes_of(even_b, per_code, QMAX))
+            odd_codes_b.store(codes_of(odd_b, per_code, QMAX))
+        _barrier()
+        by_row: gl.constexpr = row_by_row(FIRST_B, num_warps)
+        store_codes(codes_row, even_codes_a.load(by_row), 0, D1, D2)
+        store_codes(odd_row, odd_codes_a.load(by_row), 0, D1, D2)
+        if len(z) == 2:
+            by_row_b: gl.constexpr = row_by_row(z[1].shape[1] // 2, num_warps)
+            store_codes(codes_row, even_codes_b.load(by_row_b), FIRST_B, D1, D2)
+            store_codes(odd_row, odd_codes_b.load(by_row_b), FIRST_B, D1, D2)
 
 
 @gluon.jit
@@ -399,17 +639,19 @@ def hopper_transform_quantize_kernel(
     type_ptr,  # [M] int, or None: all tokens are DEFAULT_TYPE
     shift_ptr,  # [P, K] fp32 or bf16, or None
     channel_scale_ptr,  # [K] fp32, or None
-    left_ptr,  # [D1, D1] fp32
-    right_ptr,  # [D2, D2] fp32
+    left_ptr,  # [D1, sum of WIDTHS] fp32
+    right_ptr,  # [S, D2, D2] fp32
     clip_ptr,  # [P] fp32
-    codes_ptr,  # [M, K] int8 or the bytes of e4m3, or Z in bf16; engine order
+    codes_ptr,  # [M, K'] int8 or the bytes of e4m3, or Z in bf16; engine order
     scale_ptr,  # [M] fp32
     M,
     x_stride,
     other_stride,
     D1: gl.constexpr,
     D2: gl.constexpr,
-    NUM_TYPES: gl.constexpr,
+    STARTS: gl.constexpr,
+    WIDTHS: gl.constexpr,
+    SLICE_OF_TYPE: gl.constexpr,
     DEFAULT_TYPE: gl.constexpr,
     QMAX: gl.constexpr,
     ROWS: gl.constexpr,
@@ -417,164 +659,210 @@ def hopper_transform_quantize_kernel(
     COLUMNS_B: gl.constexpr,
     IN_A: gl.constexpr,
     IN_B: gl.constexpr,
+    AHEAD: gl.constexpr,
+    ONE_EACH: gl.constexpr,
     PROLOGUE: gl.constexpr,
     EPS: gl.constexpr,
     WEIGHT_OFFSET: gl.constexpr,
     num_warps: gl.constexpr,
 ):
+    DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     K: gl.constexpr = D1 * D2
-    IS_NORM: gl.constexpr = PROLOGUE == "rms" or PROLOGUE == "layer"
+    NUM_TYPES: gl.constexpr = len(SLICE_OF_TYPE)
+    NUM_SLICES: gl.constexpr = len(WIDTHS)
+    WIDTH: gl.constexpr = STARTS[NUM_SLICES - 1] + WIDTHS[NUM_SLICES - 1]
     HAS_B: gl.constexpr = IN_B > 0 or COLUMNS_B > 0
     # Rows, columns and place of piece B.
     ROWS_B: gl.constexpr = IN_B if IN_B > 0 else IN_A
     WIDTH_B: gl.constexpr = COLUMNS_B if COLUMNS_B > 0 else COLUMNS
     FIRST_COLUMN_B: gl.constexpr = COLUMNS if COLUMNS_B > 0 else 0
     FIRST_ROW_B: gl.constexpr = IN_A if IN_B > 0 else 0
-    tokens: gl.constexpr = memory_layout(COLUMNS, num_warps)
-    mma: gl.constexpr = product_layout(COLUMNS, num_warps)
-    left_operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma, k_width=2)
+    TURNS: gl.constexpr = 2 if AHEAD else 1
+    gl.static_assert(not (AHEAD and ONE_EACH))
+    # Two pieces of columns leave no registers for the channels' scales.
+    SCALE_IN_SHARED: gl.constexpr = COLUMNS_B > 0
     allow_next_kernel()
-    # What does not depend on the kernel before: both factors. A norm's weight might.
-    left_tile_a = bf16_tile(IN_A, ROWS)
-    left_tile_a.store(load_factor(left_ptr, 0, IN_A, 0, ROWS, D1, num_warps))
-    right_aa = bf16_tile(COLUMNS, COLUMNS)
-    right = load_factor(right_ptr, 0, COLUMNS, 0, COLUMNS, D2, num_warps)
-    right_aa.store(for_contiguous_codes(right))
+    # What does not depend on the kernel before: both factors, for each slice. A norm's weight might.
+    left_a = bf16_tiles(NUM_SLICES, IN_A, ROWS)
+    right_aa = bf16_tiles(NUM_SLICES, COLUMNS, COLUMNS)
+    left_b, right_ba, right_ab, right_bb = left_a, right_aa, right_aa, right_aa
     if IN_B > 0:
-        left_tile_b = bf16_tile(IN_B, ROWS)
-        left_tile_b.store(load_factor(left_ptr, IN_A, IN_B, 0, ROWS, D1, num_warps))
+        left_b = bf16_tiles(NUM_SLICES, IN_B, ROWS)
     if COLUMNS_B > 0:
-        mma_b: gl.constexpr = product_layout(COLUMNS_B, num_warps)
-        left_operand_b: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma_b, k_width=2)
-        right_ba = bf16_tile(COLUMNS_B, COLUMNS)
-        right = load_factor(right_ptr, COLUMNS, COLUMNS_B, 0, COLUMNS, D2, num_warps)
-        right_ba.store(for_contiguous_codes(right))
-        right_ab = bf16_tile(COLUMNS, COLUMNS_B)
-        right = load_factor(right_ptr, 0, COLUMNS, COLUMNS, COLUMNS_B, D2, num_warps)
-        right_ab.store(for_contiguous_codes(right))
-        right_bb = bf16_tile(COLUMNS_B, COLUMNS_B)
-        right = load_factor(right_ptr, COLUMNS, COLUMNS_B, COLUMNS, COLUMNS_B, D2, num_warps)
-        right_bb.store(for_contiguous_codes(right))
+        right_ba = bf16_tiles(NUM_SLICES, COLUMNS_B, COLUMNS)
+        right_ab = bf16_tiles(NUM_SLICES, COLUMNS, COLUMNS_B)
+        right_bb = bf16_tiles(NUM_SLICES, COLUMNS_B, COLUMNS_B)
+    for s in gl.static_range(NUM_SLICES):
+        put_left(left_a.index(s), left_ptr, 0, D1, WIDTH, STARTS[s], WIDTHS[s], num_warps)
+        if IN_B > 0:
+            put_left(left_b.index(s), left_ptr, IN_A, D1, WIDTH, STARTS[s], WIDTHS[s], num_warps)
+        right = right_ptr + s * D2 * D2
+        put_right(right_aa.index(s), right, 0, 0, D2, num_warps)
+        if COLUMNS_B > 0:
+            put_right(right_ba.index(s), right, COLUMNS, 0, D2, num_warps)
+            put_right(right_ab.index(s), right, 0, COLUMNS, D2, num_warps)
+            put_right(right_bb.index(s), right, COLUMNS, COLUMNS, D2, num_warps)
     wait_for_previous_kernel()
-    token_tile_a = bf16_tile(IN_A, COLUMNS)
-    place_a = place_of(0, IN_A, 0, COLUMNS, D1, D2, tokens)
+    # What the warps tell each other: two sums and a maximum.
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    sums = gl.allocate_shared_memory(gl.float32, [2, num_warps], flat)
+    maxima = gl.allocate_shared_memory(gl.int32, [num_warps], flat)
+    exchange = (maxima, maxima, maxima, maxima)  # of codes, if need be
+    if D2 % 16 != 0 and QMAX > 0:
+        even_a = row_major(gl.int8, ROWS, COLUMNS // 2)
+        odd_a = row_major(gl.int8, ROWS, COLUMNS // 2)
+        exchange = (even_a, odd_a, even_a, odd_a)
+        if COLUMNS_B > 0:
+            even_b = row_major(gl.int8, ROWS, COLUMNS_B // 2)
+            odd_b = row_major(gl.int8, ROWS, COLUMNS_B // 2)
+            exchange = (even_a, odd_a, even_b, odd_b)
+    tokens_a = bf16_tiles(TURNS, IN_A, COLUMNS)
+    tokens_b = tokens_a
+    layout_a: gl.constexpr = memory_layout(IN_A, COLUMNS, num_warps)
+    place_a = place_of(0, IN_A, 0, COLUMNS, D1, D2, layout_a)
+    place_b = place_a
+    if HAS_B:
+        tokens_b = bf16_tiles(TURNS, ROWS_B, WIDTH_B)
+        layout_b: gl.constexpr = memory_layout(ROWS_B, WIDTH_B, num_warps)
+        place_b = place_of(FIRST_ROW_B, ROWS_B, FIRST_COLUMN_B, WIDTH_B, D1, D2, layout_b)
+    # What comes from DRAM is under way a token ahead: x, and its type, which says where the shift is, in registers, the
+    # rest as far as the L2 cache.
+    token = gl.program_id(0).to(gl.int64)
+    here = gl.minimum(token, M - 1)  # the token in x
+    type_here = type_of(type_ptr, here, DEFAULT_TYPE, NUM_TYPES)
+    x_a = packed(load_once(x_ptr + here * x_stride, place_a))
+    x_b = x_a
+    if HAS_B:
+        x_b = packed(load_once(x_ptr + here * x_stride, place_b))
     weight_a, bias_a, channel_scale_a = weight_ptr, bias_ptr, channel_scale_ptr
+    weight_b, bias_b, channel_scale_b = weight_ptr, bias_ptr, channel_scale_ptr
     if weight_ptr is not None:
         weight_a = load_channels(weight_ptr, place_a, WEIGHT_OFFSET)
+        if HAS_B:
+            weight_b = load_channels(weight_ptr, place_b, WEIGHT_OFFSET)
     if bias_ptr is not None:
         bias_a = load_channels(bias_ptr, place_a, 0.0)
+        if HAS_B:
+            bias_b = load_channels(bias_ptr, place_b, 0.0)
     if channel_scale_ptr is not None:
         channel_scale_a = load_channels(channel_scale_ptr, place_a, 0.0)
-    if HAS_B:
-        token_tile_b = bf16_tile(ROWS_B, WIDTH_B)
-        tokens_b: gl.constexpr = memory_layout(WIDTH_B, num_warps)
-        place_b = place_of(FIRST_ROW_B, ROWS_B, FIRST_COLUMN_B, WIDTH_B, D1, D2, tokens_b)
-        weight_b, bias_b, channel_scale_b = weight_ptr, bias_ptr, channel_scale_ptr
-        if weight_ptr is not None:
-            weight_b = load_channels(weight_ptr, place_b, WEIGHT_OFFSET)
-        if bias_ptr is not None:
-            bias_b = load_channels(bias_ptr, place_b, 0.0)
-        if channel_scale_ptr is not None:
+        if HAS_B:
             channel_scale_b = load_channels(channel_scale_ptr, place_b, 0.0)
-    # Not a for: out of one the compiler moves loads, which then fill the registers.
-    token = gl.program_id(0).to(gl.int64)
-    next_token = gl.minimum(token, M - 1)
-    next_type = type_of(type_ptr, next_token, DEFAULT_TYPE, NUM_TYPES)
-    next_a = load_once(x_ptr + next_token * x_stride, place_a)
-    if HAS_B:
-        next_b = load_once(x_ptr + next_token * x_stride, place_b)
-    while token < M:
-        # What comes from DRAM is under way a token ahead: x, and its type, which says where the shift is, in registers,
-        # the rest as far as the L2 cache.
-        next_token = gl.minimum(token + gl.num_programs(0), M - 1)
-        token_type = next_type
-        next_type = type_of(type_ptr, next_token, DEFAULT_TYPE, NUM_TYPES)
-        other_row, total_row, shift_row = other_ptr, total_ptr, shift_ptr
-        if other_ptr is not None:
-            fetch_row(other_ptr + next_token * other_stride, ROWS * COLUMNS, K, num_warps)
-            other_row += token * other_stride
-        if total_ptr is not None:
-            total_row += token * K
-        if shift_ptr is not None:
-            shift_row += token_type * K
-        clip = gl.load(clip_ptr + token_type)
-        # The token as its prologue leaves it.
-        x_a = begun(next_a, other_row, total_row, place_a, PROLOGUE)
+    if channel_scale_ptr is not None and SCALE_IN_SHARED:
+        scale_tile_a = row_major(gl.bfloat16, IN_A, COLUMNS)
+        scale_tile_a.store(channel_scale_a)
+        channel_scale_a = scale_tile_a
         if HAS_B:
-            x_b = begun(next_b, other_row, total_row, place_b, PROLOGUE)
-        if PROLOGUE == "layer":
-            mean = sum_of(x_a.to(gl.float32))
-            if HAS_B:
-                mean += sum_of(x_b.to(gl.float32))
-                x_b = centred(x_b, mean / K, place_b)
-            x_a = centred(x_a, mean / K, place_a)
-        inverse = None
-        if IS_NORM:
-            variance = sum_of(x_a.to(gl.float32) * x_a.to(gl.float32))
-            if HAS_B:
-                variance += sum_of(x_b.to(gl.float32) * x_b.to(gl.float32))
-            inverse = gl.rsqrt(variance / K + EPS)
-        token_tile_a.store(
-            prepared(x_a, inverse, weight_a, bias_a, shift_row, channel_scale_a, place_a)
+            scale_tile_b = row_major(gl.bfloat16, ROWS_B, WIDTH_B)
+            scale_tile_b.store(channel_scale_b)
+            channel_scale_b = scale_tile_b
+    lefts = (left_a, left_b)
+    rights = (right_aa, right_ba, right_ab, right_bb)
+    tokens = (tokens_a, tokens_b)
+    piece_a = (place_a, weight_a, bias_a, channel_scale_a)
+    piece_b = (place_b, weight_b, bias_b, channel_scale_b)
+    tables = (other_ptr, other_stride, total_ptr, shift_ptr)
+    turn = 0
+    if AHEAD:
+        token_type = type_here
+        unit = put_token(
+            tokens_a.index(0),
+            tokens_b.index(0),
+            x_a,
+            x_b,
+            here,
+            type_here,
+            tables,
+            piece_a,
+            piece_b,
+            sums,
+            DTYPE,
+            K,
+            PROLOGUE,
+            EPS,
+            HAS_B,
+            SCALE_IN_SHARED,
+            num_warps,
         )
-        if HAS_B:
-            token_tile_b.store(
-                prepared(x_b, inverse, weight_b, bias_b, shift_row, channel_scale_b, place_b)
-            )
-        next_a = load_once(x_ptr + next_token * x_stride, place_a)
-        if HAS_B:
-            next_b = load_once(x_ptr + next_token * x_stride, place_b)
         fence_async_shared()
         _barrier()
-        # Z = (L^T X) R: bf16 operands, fp32 sums.
-        y_a = gl.zeros((ROWS, COLUMNS), gl.float32, mma)
-        left_a = left_tile_a.permute((1, 0))
-        y_a = warpgroup_mma(left_a, token_tile_a, y_a, use_acc=False, is_async=True)
-        if IN_B > 0:
-            y_a = warpgroup_mma(left_tile_b.permute((1, 0)), token_tile_b, y_a, is_async=True)
-        z_a = gl.zeros((ROWS, COLUMNS), gl.float32, mma)
-        if COLUMNS_B > 0:
-            y_b = gl.zeros((ROWS, COLUMNS_B), gl.float32, mma_b)
-            y_b = warpgroup_mma(left_a, token_tile_b, y_b, use_acc=False, is_async=True)
-            y_a, y_b = warpgroup_mma_wait(num_outstanding=0, deps=(y_a, y_b))
-            y_a, y_b = y_a.to(gl.bfloat16), y_b.to(gl.bfloat16)
-            y_aa, y_ab = (
-                gl.convert_layout(y_a, left_operand),
-                gl.convert_layout(y_a, left_operand_b),
-            )
-            y_ba, y_bb = (
-                gl.convert_layout(y_b, left_operand),
-                gl.convert_layout(y_b, left_operand_b),
-            )
-            z_a = warpgroup_mma(y_aa, right_aa, z_a, use_acc=False, is_async=True)
-            z_a = warpgroup_mma(y_ba, right_ba, z_a, is_async=True)
-            z_b = gl.zeros((ROWS, COLUMNS_B), gl.float32, mma_b)
-            z_b = warpgroup_mma(y_ab, right_ab, z_b, use_acc=False, is_async=True)
-            z_b = warpgroup_mma(y_bb, right_bb, z_b, is_async=True)
-            z_a, z_b = warpgroup_mma_wait(num_outstanding=0, deps=(z_a, z_b))
-        else:
-            y_a = warpgroup_mma_wait(num_outstanding=0, deps=(y_a,))
-            y_aa = gl.convert_layout(y_a.to(gl.bfloat16), left_operand)
-            z_a = warpgroup_mma(y_aa, right_aa, z_a, use_acc=False, is_async=True)
-            z_a = warpgroup_mma_wait(num_outstanding=0, deps=(z_a,))
-        # Grid of the token, and its codes: even columns of all rows, then the odd ones. A NaN or an infinity in x is in
-        # all of Z.
-        even_a, odd_a = even_and_odd(z_a)
-        if COLUMNS_B > 0:
-            even_b, odd_b = even_and_odd(z_b)
-        per_code = 1.0
-        if QMAX > 0:
-            largest = largest_of(even_a, odd_a)
-            if COLUMNS_B > 0:
-                largest = larger(largest, largest_of(even_b, odd_b))
-            per_code = larger(largest * clip / QMAX, SMALLEST)
-        gl.store(scale_ptr + token, per_code)
-        target = codes_ptr + token * K
-        store_codes(target, even_a, per_code, 0, D1, D2, QMAX, num_warps)
-        store_codes(target + K // 2, odd_a, per_code, 0, D1, D2, QMAX, num_warps)
-        if COLUMNS_B > 0:
-            store_codes(target, even_b, per_code, COLUMNS // 2, D1, D2, QMAX, num_warps)
-            store_codes(target + K // 2, odd_b, per_code, COLUMNS // 2, D1, D2, QMAX, num_warps)
+        in_slice = slice_of(token_type, SLICE_OF_TYPE, NUM_SLICES)
+        y = first_product(lefts, tokens, in_slice, 0, IN_B, COLUMNS_B, num_warps)
+        here = gl.minimum(here + gl.num_programs(0), M - 1)
+        type_here = type_of(type_ptr, here, DEFAULT_TYPE, NUM_TYPES)
+        x_a = packed(load_once(x_ptr + here * x_stride, place_a))
+        if HAS_B:
+            x_b = packed(load_once(x_ptr + here * x_stride, place_b))
+        if other_ptr is not None:
+            fetch_row(other_ptr + here * other_stride, K, num_warps)
+        y = waited_for(y)
+        _barrier()
+    # Not a for: out of one the compiler moves loads, which then fill the registers.
+    while token < M:
+        if not ONE_EACH:
+            after = gl.minimum(here + gl.num_programs(0), M - 1)
+            type_after = type_of(type_ptr, after, DEFAULT_TYPE, NUM_TYPES)
+            if other_ptr is not None:
+                fetch_row(other_ptr + after * other_stride, K, num_warps)
+        if AHEAD:
+            turn = 1 - turn
+            in_slice = slice_of(token_type, SLICE_OF_TYPE, NUM_SLICES)
+            z = second_product(y, rights, in_slice, num_warps)
+        unit_here = put_token(
+            tokens_a.index(turn),
+            tokens_b.index(turn),
+            x_a,
+            x_b,
+            here,
+            type_here,
+            tables,
+            piece_a,
+            piece_b,
+            sums,
+            DTYPE,
+            K,
+            PROLOGUE,
+            EPS,
+            HAS_B,
+            SCALE_IN_SHARED,
+            num_warps,
+        )
+        fence_async_shared()
+        if not ONE_EACH:
+            next_a = load_once(x_ptr + after * x_stride, place_a)
+            if HAS_B:
+                next_b = load_once(x_ptr + after * x_stride, place_b)
+        _barrier()
+        if AHEAD:
+            z = waited_for(z)
+        in_slice = slice_of(type_here, SLICE_OF_TYPE, NUM_SLICES)
+        y = first_product(lefts, tokens, in_slice, turn, IN_B, COLUMNS_B, num_warps)
+        if not AHEAD:
+            token_type, unit = type_here, unit_here
+            y = waited_for(y)
+            z = second_product(y, rights, in_slice, num_warps)
+            z = waited_for(z)
+        put_codes(
+            z,
+            unit,
+            gl.load(clip_ptr + token_type),
+            codes_ptr + token * (WIDTH * D2),
+            scale_ptr + token,
+            maxima,
+            exchange,
+            WIDTH,
+            D2,
+            QMAX,
+            num_warps,
+        )
+        if AHEAD:
+            y = waited_for(y)
+            token_type, unit = type_here, unit_here
+        if not ONE_EACH:
+            here, type_here = after, type_after
+            x_a = packed(next_a)
+            if HAS_B:
+                x_b = packed(next_b)
         token += gl.num_programs(0)
 
 
@@ -591,40 +879,48 @@ def hopper_transform_quantize(
     default_type: int,
     qmax: int,
     prologue: Prologue = NO_PROLOGUE,
+    tile: HopperTransformTile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``transform_quantize`` on Hopper, for one slice with a square left factor.
+    """``transform_quantize`` on Hopper.
 
-    Shapes are those that ``tiles.hopper_transform_tile`` has a tile for.
+    tile  ``hopper_transform_tile`` of the shape, which must have one, unless another is given
 
-    Returns codes [M, K] int8 (e4m3 for 448; for 0 the values themselves in bf16) in engine order and scale [M, 1] fp32.
+    Returns codes [M, K'] int8 (e4m3 for 448; for 0 the values themselves in bf16) in engine order and scale [M, 1]
+    fp32.
     """
-    (num_tokens, num_features), d1, d2 = x.shape, left.shape[0], right.shape[-1]
+    num_tokens, d1, d2 = x.shape[0], left.shape[0], right.shape[-1]
     dtype = torch.int8 if qmax else torch.bfloat16
-    codes = torch.empty(num_tokens, num_features, dtype=dtype, device=x.device)
+    codes = torch.empty(num_tokens, sum(widths) * d2, dtype=dtype, device=x.device)
     scale = torch.empty(num_tokens, 1, dtype=torch.float32, device=x.device)
     result = codes.view(torch.float8_e4m3fn) if qmax == 448 else codes, scale
     if num_tokens == 0:
         return result
-    tile = hopper_transform_tile(d1, d2, prologue.kind)
+    tile = tile or hopper_transform_tile(d1, tuple(widths), d2, prologue.kind)
     assert tile is not None
     x = rows_in_memory(x)
     other = None if prologue.other is None else rows_in_memory(prologue.other)
     optional = (prologue.weight, prologue.bias, token_type, shift, channel_scale)
     contiguous = (None if t is None else t.contiguous() for t in optional)
+    num_programs = _num_programs(x.device, tile)
+    one_each = num_tokens <= num_programs
+    if one_each:
+        tile = tile.of_one_token
     launch = _launch_of(
         d1,
         d2,
-        len(slice_of_type),
+        tuple(widths),
+        tuple(slice_of_type),
         default_type,
         qmax,
         tile,
+        one_each,
         prologue.kind,
         prologue.eps,
         prologue.weight_offset,
     )
     launch(
         x.device,
-        min(num_tokens, _num_programs(x.device, tile)),
+        min(num_tokens, num_programs),
         x,
         other,
         prologue.total,
@@ -645,10 +941,12 @@ def hopper_transform_quantize(
 def _launch_of(
     d1: int,
     d2: int,
-    num_types: int,
+    widths: tuple[int, ...],
+    slice_of_type: tuple[int, ...],
     default_type: int,
     qmax: int,
     tile: HopperTransformTile,
+    one_each: bool,
     prologue: str,
     eps: float,
     weight_offset: float,
@@ -657,7 +955,9 @@ def _launch_of(
         hopper_transform_quantize_kernel,
         D1=d1,
         D2=d2,
-        NUM_TYPES=num_types,
+        STARTS=tuple(sum(widths[:i]) for i in range(len(widths))),
+        WIDTHS=widths,
+        SLICE_OF_TYPE=slice_of_type,
         DEFAULT_TYPE=default_type,
         QMAX=qmax,
         ROWS=tile.rows,
@@ -665,6 +965,8 @@ def _launch_of(
         COLUMNS_B=tile.columns[1],
         IN_A=tile.rows_in[0],
         IN_B=tile.rows_in[1],
+        AHEAD=tile.ahead,
+        ONE_EACH=one_each,
         PROLOGUE=prologue,
         EPS=eps,
         WEIGHT_OFFSET=weight_offset,

@@ -3,8 +3,9 @@
 A kernel's functions are run as the Python that they are, with the language's names bound to what is here. Programs run
 one after the other, their warp-specialised partitions as threads that meet at real barriers. Found that way: wrong
 indices, shapes and dtypes, accesses outside of a tensor, reads of what was never written, products read before they
-were waited for, barriers that nobody completes. Not found: layouts that do not fit (compiling finds those), missing
-fences, and races, for a copy is there at once.
+were waited for, tiles that a product reads before all threads have written them or that are written before all threads
+have waited for the product, barriers that nobody completes. Not found: layouts that do not fit (compiling finds those),
+and other races, for a copy is there at once.
 """
 
 from __future__ import annotations
@@ -58,8 +59,9 @@ class Value:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.data.shape)
 
-    def to(self, dtype: Any) -> Value:
-        return Value(self.data.to(_TO_TORCH[dtype]), self.type.layout)
+    def to(self, dtype: Any, bitcast: bool = False) -> Value:
+        convert = self.data.view if bitcast else self.data.to
+        return Value(convert(_TO_TORCH[dtype]), self.type.layout)
 
     def permute(self, *order: Any) -> Value:
         return permute(self, order[0] if len(order) == 1 else order)
@@ -175,6 +177,43 @@ class Pointer:
         return torch.where(mask, offset, 0), mask
 
 
+class Accesses(threading.local):
+    """Of a partition to shared memory, until all its threads know of them.
+
+    written   places, each with whether a fence has shown it to the tensor cores
+    read      places by products, each with whether the product was waited for
+    """
+
+    def __init__(self) -> None:
+        self.written: list[tuple[range, bool]] = []
+        self.read: list[tuple[range, bool]] = []
+
+    def fence(self) -> None:
+        self.written = [(place, True) for place, _ in self.written]
+
+    def wait(self) -> None:
+        self.read = [(place, True) for place, _ in self.read]
+
+    def meet(self) -> None:
+        """A barrier of the partition."""
+        self.written = [(place, fenced) for place, fenced in self.written if not fenced]
+        self.read = [(place, waited) for place, waited in self.read if not waited]
+
+    def write(self, place: range) -> None:
+        if any(_overlap(place, other) for other, _ in self.read):
+            raise InterpreterError("a tile is written that a product may still read")
+        self.written.append((place, False))
+
+    def multiply(self, place: range) -> None:
+        if any(_overlap(place, other) for other, _ in self.written):
+            raise InterpreterError("a product reads a tile that is not yet there for all threads")
+        self.read.append((place, False))
+
+
+def _overlap(one: range, other: range) -> bool:
+    return one.start < other.stop and other.start < one.stop
+
+
 class Shared:
     """A tile, or a stack of them, in shared memory."""
 
@@ -207,7 +246,16 @@ class Shared:
     def store(self, value: Value) -> None:
         if (self.shape, self.dtype) != (value.shape, value.dtype):
             raise InterpreterError(f"{value.dtype}{value.shape} into {self.dtype}{self.shape}")
+        _accesses.write(self.place)
         self.data.copy_(value.data)
+
+    @property
+    def place(self) -> range:
+        reach = 1 + sum(
+            (n - 1) * s for n, s in zip(self.data.shape, self.data.stride(), strict=True)
+        )
+        start = self.data.data_ptr()
+        return range(start, start + reach * self.data.element_size())
 
 
 class Barrier:
@@ -262,6 +310,7 @@ class Descriptor:
 
 
 _failed: list[BaseException] = []
+_accesses = Accesses()
 _program = types.SimpleNamespace(id=0, number=1)
 
 
@@ -362,6 +411,11 @@ def warpgroup_mma(
 ) -> Any:
     if a.dtype != b.dtype or acc.data.shape != (a.shape[0], b.shape[1]):
         raise InterpreterError(f"{a.dtype}{a.shape} x {b.dtype}{b.shape} + {acc.data.shape}")
+    for operand in (a, b):
+        if isinstance(operand, Shared):
+            _accesses.multiply(operand.place)
+    if not is_async:
+        _accesses.wait()
     integers = a.dtype == gl.int8
     wide = torch.int32 if integers else torch.float32
     total = a.data.to(wide) @ b.data.to(wide)
@@ -373,6 +427,8 @@ def warpgroup_mma(
 
 
 def warpgroup_mma_wait(num_outstanding: int = 0, deps: Sequence[Any] = ()) -> Any:
+    if num_outstanding == 0:
+        _accesses.wait()
     results = tuple(Value(d.data) if isinstance(d, Pending) else d for d in deps)
     return results[0] if len(results) == 1 else results
 
@@ -418,7 +474,7 @@ class _Language:
     sum = staticmethod(_reduction(lambda d, axis: d.sum(axis, dtype=d.dtype)))
     max = staticmethod(_reduction(lambda d, a: _without_nan(d, a, torch.amax, -torch.inf)))
     min = staticmethod(_reduction(lambda d, a: _without_nan(d, a, torch.amin, torch.inf)))
-    convert_layout = staticmethod(lambda value, layout: Value(value.data, layout))
+    convert_layout = staticmethod(lambda value, layout, **_: Value(value.data, layout))
     program_id = staticmethod(lambda axis: Value(_program.id))
     num_programs = staticmethod(lambda axis: Value(_program.number))
     arange = staticmethod(
@@ -459,8 +515,12 @@ _MBARRIER = types.SimpleNamespace(
 _TMA = types.SimpleNamespace(store_wait=lambda pendings=0: None)
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    pass
+def _fence(*_: Any, **__: Any) -> None:
+    _accesses.fence()
+
+
+def _meet() -> None:
+    _accesses.meet()
 
 
 def _names() -> dict[int, Any]:
@@ -472,12 +532,12 @@ def _names() -> dict[int, Any]:
         (tma, _TMA),
         (hopper.warpgroup_mma, warpgroup_mma),
         (hopper.warpgroup_mma_wait, warpgroup_mma_wait),
-        (hopper.fence_async_shared, _nothing),
+        (hopper.fence_async_shared, _fence),
     ]
     for module, names, ours in (
         (tma, ("async_load", "async_copy_global_to_shared"), copy_to_shared),
         (tma, ("async_store", "async_copy_shared_to_global"), copy_from_shared),
-        (gl, ("barrier", "thread_barrier"), _nothing),
+        (gl, ("barrier", "thread_barrier"), _meet),
     ):
         pairs += [(getattr(module, name), ours) for name in names if hasattr(module, name)]
     return {id(theirs): ours for theirs, ours in pairs}
@@ -528,6 +588,7 @@ def run(
     _program.number = num_programs
     for _program.id in range(num_programs):
         _failed.clear()
+        _accesses.__init__()
         function(**arguments)
 
 

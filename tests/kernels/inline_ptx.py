@@ -84,7 +84,12 @@ def _run(asm: str, registers: dict[str, Tensor]) -> None:
             continue
         target, *operands = re.findall(r"\{[^}]*\}|[^,\s]+", rest)
         values = [_operand(operand, registers) for operand in operands]
-        registers[target] = _compute(name, values)
+        result = _compute(name, values)
+        if target.startswith("{"):
+            low, high = (part.strip() for part in target[1:-1].split(","))
+            registers[low], registers[high] = result & 0xFFFF, result >> 16
+        else:
+            registers[target] = result
 
 
 def _operand(text: str, registers: dict[str, Tensor]) -> Tensor:

@@ -29,9 +29,15 @@ from freeact_fx.codegen.kernels import (
     hopper_int_mm,
     hopper_transform_quantize,
 )
-from freeact_fx.codegen.prologue import NO_PROLOGUE
-from freeact_fx.codegen.tiles import TileConfig, hopper_tiles
+from freeact_fx.codegen.prologue import NO_PROLOGUE, Prologue
+from freeact_fx.codegen.tiles import (
+    HopperTransformTile,
+    TileConfig,
+    hopper_tiles,
+    hopper_transform_tile,
+)
 from freeact_fx.reference import branch_codes, pack_int4
+from freeact_fx.transform import GroupTransform
 
 E4M3 = torch.float8_e4m3fn
 counter = torch.zeros(4096, dtype=torch.int32)
@@ -113,29 +119,87 @@ def test_linear(tile: TileConfig, dtype: torch.dtype, order: str, rank: int) -> 
 
 
 @pytest.mark.parametrize("kind", ["none", "rms", "rms of a sum", "layer", "silu", "gelu_tanh"])
-@pytest.mark.parametrize("num_features", [3584, 4096, 12288])
+@pytest.mark.parametrize("num_features", [3584, 4096, 5120, 8192, 12288])
 @pytest.mark.parametrize("qmax", [7, 448])
 def test_transform(num_features: int, kind: str, qmax: int) -> None:
     x = torch.randn(7, num_features).bfloat16()
-    prologue, args = random_prologue(kind, x), random_transform("shift", num_features, 2, seed=1)
+    prologue, t = random_prologue(kind, x), random_transform("shift", num_features, 2, seed=1)
     types = torch.randint(-1, 3, (7,))
-    check(x, prologue, args, types, qmax)
+    check(x, prologue, t, types, qmax)
 
 
-def check(x: Tensor, prologue: Any, t: Any, types: Tensor, qmax: int) -> None:
+@pytest.mark.parametrize("kind", ["none", "silu"])
+@pytest.mark.parametrize("num_features", [4608, 11008, 18944])  # 64 x 72, 86 x 128, 128 x 148
+def test_transform_of_odd_shapes(num_features: int, kind: str) -> None:
+    x = torch.randn(4, num_features).bfloat16()
+    prologue, t = random_prologue(kind, x), random_transform("shift", num_features, 2, seed=1)
+    check(x, prologue, t, torch.randint(-1, 3, (4,)), 7)
+
+
+@pytest.mark.parametrize("kind", ["none", "rms", "layer", "silu"])
+@pytest.mark.parametrize(
+    ("plan", "num_features", "num_types"),
+    [("paper", 4096, 2), ("paper", 4096, 3), ("paper", 12288, 2), ("duplicate", 3584, 2)],
+)
+def test_transform_of_slices(plan: str, num_features: int, num_types: int, kind: str) -> None:
+    """With fewer, as many and more rows of codes than a token has rows."""
+    x = torch.randn(8, num_features).bfloat16()
+    prologue, t = random_prologue(kind, x), random_transform(plan, num_features, num_types, seed=1)
+    types = torch.randint(-1, num_types + 1, (8,))
+    check(x, prologue, t, types, 7)
+    narrow = replace(t, left=t.left[:, :-8], widths=(*t.widths[:-1], t.widths[-1] - 8))
+    check(x, prologue, narrow, types, 448)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 10])
+def test_transform_by_tokens(num_tokens: int, ahead: bool) -> None:
+    """Three programs that prepare the next token early or not, if there is a next one."""
+    tile = hopper_transform_tile(56, (56,), 64, "rms")
+    assert tile is not None
+    x = torch.randn(num_tokens, 3584).bfloat16()
+    prologue, t = random_prologue("rms of a sum", x), random_transform("shift", 3584, 2, seed=1)
+    total = check(
+        x, prologue, t, torch.randint(-1, 3, (num_tokens,)), 7, replace(tile, ahead=ahead)
+    )
+    assert prologue.other is not None
+    assert torch.equal(total, x + prologue.other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("typed", [True, False])
+def test_transform_of_other_dtypes(dtype: torch.dtype, typed: bool) -> None:
+    x = torch.randn(5, 3, 4096)[:, 1].to(dtype)
+    for t in (random_transform(plan, 4096, 2, seed=2) for plan in ("single", "shift")):
+        shift = None if t.shift is None else t.shift.bfloat16()
+        types = torch.randint(-1, 3, (5,)) if typed else None
+        check(x, random_prologue("rms", x), replace(t, shift=shift), types, 7)
+
+
+def check(
+    x: Tensor,
+    prologue: Prologue,
+    t: GroupTransform,
+    types: Tensor | None,
+    qmax: int,
+    tile: HopperTransformTile | None = None,
+) -> Any:
+    """Codes and scale are what the kernel's rounding allows. Returns ``total``."""
     row, error = exact_row(x, prologue)
     bounds = codes_of(t, row, types, 2, qmax, error, in_bf16=True)
     codes, scale = hopper_transform_quantize.hopper_transform_quantize(
         x, types, t.shift, t.channel_scale, t.left, t.right, t.clip, t.widths, t.slice_of_type,
-        2, qmax, prologue,
+        2, qmax, prologue, tile,
     )  # fmt: skip
     bounds.check(to_plain_order(codes), scale)
+    return prologue.total
 
 
-@pytest.mark.parametrize("num_features", [4096, 12288])
-def test_transform_without_rounding(num_features: int) -> None:
+@pytest.mark.parametrize("kind", ["rms", "none"])
+@pytest.mark.parametrize("num_features", [4096, 12288, 18944])
+def test_transform_without_rounding(num_features: int, kind: str) -> None:
     x = torch.randn(5, num_features).bfloat16()
-    prologue, t = random_prologue("rms", x), random_transform("shift", num_features, 2, seed=1)
+    prologue, t = random_prologue(kind, x), random_transform("shift", num_features, 2, seed=1)
     types = torch.randint(-1, 3, (5,))
     row, x_error = exact_row(x, prologue)
     exact, error = values_of(t, row, types, 2, x_error, in_bf16=True)

@@ -29,6 +29,7 @@ pytestmark = [
 ]
 if torch.cuda.is_available():
     from freeact_fx.codegen.kernels.hopper_int_mm import hopper_linear
+    from freeact_fx.codegen.kernels.hopper_transform_quantize import hopper_transform_quantize
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 HAS_FP8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 needs_fp8 = pytest.mark.skipif(not HAS_FP8, reason="for chips with fp8 tensor cores")
@@ -449,9 +450,8 @@ def check(
     """Codes are those that the kernel's rounding allows, and few of them are not the reference's; returns ``total``."""
     codes, scale = on_gpu(t, x, types, qmax, prologue)
     row, error = exact_row(x, prologue)
-    tile = hopper_transform_tile(t.left.shape[0], t.right.shape[-1], prologue.kind)
-    is_square = len(t.widths) == 1 and t.left.shape[0] == t.left.shape[1]
-    in_bf16 = HOPPER and is_square and tile is not None and qmax != 127
+    tile = hopper_transform_tile(t.left.shape[0], t.widths, t.right.shape[-1], prologue.kind)
+    in_bf16 = HOPPER and tile is not None and qmax != 127
     codes_of(t, row, types, 1, qmax, error, in_bf16=in_bf16).check(codes, scale)
     operands = (t.shift, t.channel_scale, t.left, t.right, t.clip)
     wide = [None if o is None else o.double() for o in operands]
@@ -508,3 +508,53 @@ def test_what_is_not_finite_poisons_its_own_token(num_features: int, bad: float)
     others = [0, 2, 3, 4]
     assert torch.equal(bad_codes[others], codes[others])
     assert torch.equal(bad_scale[others], scale[others])
+
+
+@needs_hopper
+@pytest.mark.parametrize(
+    ("num_features", "plan", "kind"),
+    [
+        (3584, "shift", "rms"),
+        (4096, "shift", "none"),
+        (4096, "paper", "rms of a sum"),
+        (8192, "shift", "layer"),
+        (11008, "shift", "silu"),
+        (12288, "paper", "silu"),
+        (14336, "shift", "none"),
+        (18944, "shift", "silu"),
+    ],
+)
+def test_the_hopper_transform_again_and_again(num_features: int, plan: str, kind: str) -> None:
+    """Many tokens for each program, which prepares the next one early or not: each token is what it is alone."""
+    t = random_transform(plan, num_features, 2, seed=1)
+    x = torch.randn(3000, num_features).bfloat16()
+    types = torch.randint(-1, 3, (3000,), dtype=torch.int32)
+    prologue = random_prologue(kind, x)
+    tile = hopper_transform_tile(t.left.shape[0], t.widths, t.right.shape[-1], prologue.kind)
+    assert tile is not None
+    moved = t.to(GPU)
+    operands = (moved.shift, moved.channel_scale, moved.left, moved.right, moved.clip)
+
+    def part(rows: slice, device: torch.device) -> tuple[Tensor, Tensor, Prologue]:
+        there = {
+            name: (value[rows] if value.dim() == 2 else value).to(device)
+            for name in ("other", "weight", "bias", "total")
+            if (value := getattr(prologue, name)) is not None
+        }
+        return x[rows].to(device), types[rows].to(device), replace(prologue, **there)
+
+    last = slice(2990, 3000)
+    row, last_types, of_last = part(last, torch.device("cpu"))
+    check(t, row, of_last, last_types, 7)
+    static = (t.widths, t.slice_of_type, 1, 7)
+    tokens, token_types, of_tokens = part(slice(None), GPU)
+    row, last_types, of_last = part(last, GPU)
+    alone = hopper_transform_quantize(row, last_types, *operands, *static, of_last)
+    for ahead in (tile.ahead, not tile.ahead):
+        other = replace(tile, ahead=ahead)
+        args = (tokens, token_types, *operands, *static, of_tokens, other)
+        first = hopper_transform_quantize(*args)
+        for whole, of_part in zip(first, alone, strict=True):
+            assert torch.equal(whole[last], of_part)
+        for _ in range(20):
+            assert all(map(torch.equal, hopper_transform_quantize(*args), first))

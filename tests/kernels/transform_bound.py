@@ -91,9 +91,10 @@ def values_of(
         moved = x_error + FP32_ROUNDING * (x.double().abs() + abs(shift))
         largest = token + (moved * abs(channel_scale)).view(-1, d1, d2)
     if in_bf16:
-        # x, its norm and the norm's weight, weight and norm together, the shift; difference, scale, product.
+        # x, its norm and the norm's weight, weight and norm together, the shift; two differences (the shift of an RMS
+        # norm is taken away in two parts), scale, product.
         moved = BF16_ROUNDING * (4 * x.double().abs() + abs(shift)) * abs(channel_scale)
-        largest = (largest + moved.view(-1, d1, d2)) * (1 + BF16_ROUNDING) ** 3
+        largest = (largest + moved.view(-1, d1, d2)) * (1 + BF16_ROUNDING) ** 4
     index = reference.slice_of_token(types, t.slice_of_type, default_type)
     index = torch.as_tensor(index).expand(x.shape[0])
     starts = torch.tensor([0, *t.widths]).cumsum(0)
