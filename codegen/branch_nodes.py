@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from .graph_nodes import add_call
 
-aten, prims = torch.ops.aten, torch.ops.prims
+aten, prims, freeact = torch.ops.aten, torch.ops.prims, torch.ops.freeact
 _MULTIPLE = 8  # 16 bytes, which rows are at multiples of for the copy engine
 
 
@@ -55,13 +55,7 @@ def _made_plain(coefficients: Any, scale: Node) -> Node | None:
 
 def branch_of_linear(weight: Node, scale: Node, weight_scale: Node, one: float) -> Node:
     """A branch's weight [R, N] with its scale [R] as an ``engine_linear`` takes it; ``one`` is of ``ONE_IN_SUMS``."""
-    graph = weight.graph
-    of_columns = add_call(graph, aten.unsqueeze.default, scale, 1)
-    scaled = add_call(graph, aten.mul.Tensor, weight, of_columns)
-    in_units = add_call(graph, aten.div.Tensor, scaled, weight_scale)
-    in_sums = add_call(graph, aten.mul.Tensor, in_units, one)
-    rounded = add_call(graph, prims.convert_element_type.default, in_sums, torch.bfloat16)
-    padding = -weight.meta["val"].shape[0] % _MULTIPLE
-    if padding == 0:
-        return rounded
-    return add_call(graph, aten.constant_pad_nd.default, rounded, [0, 0, 0, padding], 0.0)
+    of_outputs = add_call(weight.graph, aten.select.int, weight_scale, 0, 0)
+    return add_call(
+        weight.graph, freeact.engine_branch_table.default, weight, scale, of_outputs, one
+    )

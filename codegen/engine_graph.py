@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from .branch_nodes import in_fp32, pad_columns
+from .branch_nodes import in_fp32
 from .engine_ops import has_kernels, takes_branch, takes_codes
 from .fold_prologue import fold_activations, fold_norms
 from .fuse_linear import fuse_linear
@@ -119,18 +119,13 @@ def _swap_branch(transform: Node) -> bool:
         return False
     graph = transform.graph
     with graph.inserting_before(transform):
-        in_bf16 = add_call(graph, prims.convert_element_type.default, lowrank, torch.bfloat16)
-        by_rows = {"memory_format": torch.contiguous_format}
-        columns = add_call(graph, aten.clone.default, pad_columns(in_bf16), **by_rows)
+        columns = add_call(graph, freeact.engine_branch_table.default, lowrank, None, None, 1.0)
         unrounded = (*tensors[:7], widths, slice_of_type, default_type, 0)
         transformed = add_call(graph, freeact.engine_transform_quantize.default, *unrounded)
         z = add_call(graph, operator.getitem, transformed, 0)
     rounded = (z, columns, types, clip, default_type, own_rank, qmax)
     with graph.inserting_before(transform):
         quantized = add_call(graph, freeact.engine_branch_quantize.default, *rounded)
-        # Columns that are not yet by rows, Inductor is to write so.
-        values = torch.fx.node.map_arg(rounded, lambda n: n.meta["val"])
-        quantized.meta["eager_input_vals"] = values, {}
         scale = add_call(graph, operator.getitem, quantized, 1)
     for result in list(transform.users):
         result.replace_input_with(transform, quantized)

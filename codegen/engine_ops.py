@@ -8,6 +8,7 @@ each (``kernels/int_mm``)::
 * ``freeact::engine_transform_quantize``   one kernel per group; ``prologue_ops`` has those with what precedes it
 * ``freeact::engine_branch_quantize``      one more per group with a branch, whose transform leaves its values in bf16
   (Hopper)
+* ``freeact::engine_branch_table``         one small kernel for what that multiplies, and one for each Linear (Hopper)
 * ``freeact::engine_branch_product``       a Linear's part of it, where ``engine_linear`` does not take it (Hopper)
 * ``freeact::engine_int_mm``               one kernel per Linear; a template that Inductor fuses the epilogue into
 * ``freeact::engine_linear``               one kernel per Linear that brings its epilogue along (Hopper)
@@ -255,6 +256,40 @@ def _(z, columns, token_type, clip, *static):  # type: ignore[no-untyped-def]
 
 
 @engine_op
+def engine_branch_table(
+    table: Tensor, row_scale: Tensor | None, column_scale: Tensor | None, one: float
+) -> Tensor:
+    """A table of a branch [I, J] as kernels on Hopper multiply it: bf16, by rows, J a multiple of eight.
+
+    Each value times ``one`` and ``row_scale`` [I] fp32, divided by ``column_scale`` [J] fp32, where they are not None.
+
+    Why an op, which Inductor could write: it would do so where the table is first read, between two of our kernels,
+    and the second of them could not start ahead.
+    """
+    num_rows, num_columns = table.shape
+    if has_kernels(table.device):
+        from .kernels.branch_table import branch_table
+
+        return branch_table(table, row_scale, column_scale, one)
+    values = table.float() * one
+    if row_scale is not None:
+        values = values * row_scale.unsqueeze(1)
+    if column_scale is not None:
+        values = values / column_scale
+    padded = torch.zeros(
+        num_rows, -(-num_columns // 8) * 8, dtype=torch.bfloat16, device=table.device
+    )
+    padded[:, :num_columns] = values
+    return padded
+
+
+@engine_fake(engine_branch_table)
+def _(table, row_scale, column_scale, one):  # type: ignore[no-untyped-def]
+    num_rows, num_columns = table.shape
+    return table.new_empty((num_rows, -(-num_columns // 8) * 8), dtype=torch.bfloat16)
+
+
+@engine_op
 def engine_branch_product(
     coefficients: Tensor, branch_weight: Tensor, branch_scale: Tensor
 ) -> Tensor:
@@ -322,7 +357,8 @@ def engine_linear(
     bias_table    [P, N] fp32, or None
     token_type    [...] integers, or None: all tokens are ``default_type``
     slice_sizes   columns of each slice, even numbers; their sum is K'
-    coefficients  [..., R] bf16, divided by ``scale``, with branch_weight [R, N] bf16, divided by ``weight_scale`` and
+    coefficients  [..., R] bf16, divided by ``scale``, R a multiple of eight, with branch_weight [R or less, N] bf16,
+                  divided by ``weight_scale`` and
                   times ``ONE_IN_SUMS``, for plans of one slice; or None. Their product is added to the kernel's sums
 
     Returns [..., N] of ``dtype``. The kernel is for shapes that ``takes_linear`` and Hopper.
@@ -349,7 +385,8 @@ def engine_linear(
         return out.view(*codes.shape[:-1], weight.shape[0])
     product = engine_int_mm(codes, weight)
     if coefficients is not None and branch_weight is not None:
-        of_branch = coefficients.float() @ branch_weight.float()
+        in_units = coefficients[..., : branch_weight.shape[0]]
+        of_branch = in_units.float() @ branch_weight.float()
         product = product + of_branch / ONE_IN_SUMS[codes.dtype]
     return reference.epilogue(
         product,

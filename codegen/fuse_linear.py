@@ -55,14 +55,14 @@ def fuse_linear(graph: Graph, product: Node, output: Node) -> bool:
         return False
     scale: Any = steps[0].args[1]
     of_branch: tuple[Node, ...] = ()
+    if branch is not None:
+        coefficients, branch_weight, branch_scale = branch.args
+        of_weight = branch_weight, branch_scale, weight_scale.table
+        with graph.inserting_before(_transform_of(codes, *of_weight) or output):
+            in_sums = branch_of_linear(*of_weight, ONE_IN_SUMS[codes.meta["val"].dtype])
+        with graph.inserting_before(output):
+            of_branch = coefficients_of_linear(coefficients, scale), in_sums
     with graph.inserting_before(output):
-        if branch is not None:
-            coefficients, branch_weight, branch_scale = branch.args
-            one = ONE_IN_SUMS[codes.meta["val"].dtype]
-            of_branch = (
-                coefficients_of_linear(coefficients, scale),
-                branch_of_linear(branch_weight, branch_scale, weight_scale.table, one),
-            )
         scales = (scale, weight, weight_scale.table)
         args = (codes, *scales, bias.table, *types, dtype, *of_branch)
         fused = graph.call_function(freeact.engine_linear.default, args)
@@ -73,6 +73,15 @@ def fuse_linear(graph: Graph, product: Node, output: Node) -> bool:
 
 def _is_branch(node: Any) -> bool:
     return isinstance(node, Node) and node.target is freeact.engine_branch_product.default
+
+
+def _transform_of(codes: Node, *inputs: Node) -> Node | None:
+    """The transform in front of codes with a branch, if what is made of some nodes can be made before it."""
+    quantized: Any = codes.args[0] if codes.target is operator.getitem else None
+    if quantized is None or quantized.target is not freeact.engine_branch_quantize.default:
+        return None
+    transform: Node = quantized.args[0].args[0]
+    return transform if all(node.op == "placeholder" for node in inputs) else None
 
 
 class _Row(NamedTuple):

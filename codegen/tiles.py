@@ -269,8 +269,8 @@ class HopperTransformTile:
 
     @property
     def of_one_token(self) -> HopperTransformTile:
-        """For programs that have no next token to be ahead with. With it on a multiprocessor fits a product's tile of few
-        tokens: the product before may still run, and the one after begin."""
+        """For programs that have no next token to be ahead with. With it on a multiprocessor fits a product's tile of
+        few tokens: the product before may still run, and the one after begin."""
         return replace(self, ahead=False, registers=min(self.registers, 1280 // self.num_warps))
 
 

@@ -34,14 +34,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from freeact_fx.codegen.tiles import BranchTile, branch_tile
 from freeact_fx.reference import column_step
 
+from .hopper_arithmetic import larger, larger_magnitude, to_e4m3, to_int4
 from .hopper_int_mm import types_of
-from .hopper_transform_quantize import (
-    SMALLEST,
-    larger,
-    larger_magnitude,
-    to_e4m3,
-    to_int4,
-)
+from .hopper_transform_quantize import SMALLEST
 from .launches import Launch
 from .stream_order import allow_next_kernel, wait_for_previous_kernel
 

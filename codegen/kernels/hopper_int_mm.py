@@ -616,7 +616,7 @@ def hopper_linear_kernel(
     weight,  # descriptor of [N, bytes] int8
     out,  # descriptor of [M, N]
     coefficients,  # descriptor of [M, RANK] bf16, or None
-    branch,  # descriptor of [RANK, N] bf16, or None
+    branch,  # descriptor of [RANK or less, N] bf16, or None
     weight_ptr,  # [N, row_bytes] int8, the same
     scale_ptr,  # [M] fp32
     weight_scale_ptr,  # [S, N] fp32
@@ -768,7 +768,8 @@ def hopper_linear(
     tile          None: the fastest that was measured (``tuning``), else ``choose_hopper_tile``; must be legal for the
                   shape, ``tiles.fits_hopper``
     promoted      e4m3: True keeps the products of integers exact; None: ``tiles.PROMOTED``
-    coefficients  [M, R] bf16 with branch_weight [R, N] bf16, both contiguous, in units of ``engine_linear``; or None
+    coefficients  [M, R] bf16 with branch_weight [R or less, N] bf16, both contiguous, as ``engine_linear`` has them; or
+                  None
 
     Returns [M, N] of ``dtype``.
     """

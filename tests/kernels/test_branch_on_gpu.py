@@ -170,6 +170,18 @@ def test_branch(
     assert float(difference.max()) <= (1 if qmax == 7 else 32)
 
 
+@pytest.mark.parametrize("shape", [(4096, 64), (40, 17), (64, 12288)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_table(shape: tuple[int, int], scaled: bool) -> None:
+    table = torch.randint(-127, 128, shape, dtype=torch.int8)
+    scales = (torch.rand(shape[0]), torch.rand(shape[1]) + 0.1) if scaled else (None, None)
+    want = engine_ops.engine_branch_table(table, *scales, 16.0)
+    on_gpu = (None if t is None else t.to(GPU) for t in scales)
+    got = engine_ops.engine_branch_table(table.t().contiguous().t().to(GPU), *on_gpu, 16.0)
+    assert torch.allclose(got.cpu().float(), want.float(), rtol=2**-7, atol=0)
+    assert bool((got[:, shape[1] :] == 0).all())
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_poisons_its_own_token(bad: float) -> None:
     z, columns, _, clip = random_branch(70, 4096, 64, 0, False)

@@ -84,7 +84,10 @@ def test_linear(tile: TileConfig, dtype: torch.dtype, order: str, rank: int) -> 
     weight_i4 = random_codes(num_outputs, 1024, largest=7)
     scale, weight_scale = torch.rand(num_tokens), torch.rand(len(sizes), num_outputs)
     table = torch.randn(len(slice_of_type), num_outputs) if order != "untyped" else None
-    branch = torch.randn(num_tokens, rank).bfloat16(), torch.randn(rank, num_outputs).bfloat16()
+    # The columns behind those of the weight are zeros on the GPU; here nothing may read them.
+    num_columns = max(rank - 2, 0)
+    branch = [torch.randn(n, num_columns).bfloat16() for n in (num_tokens, num_outputs)]
+    padded = torch.nn.functional.pad(branch[0], (0, rank - num_columns), value=7.0)
     got = hopper_int_mm.hopper_linear(
         to_engine_order(codes.to(dtype)),
         scale,
@@ -98,7 +101,7 @@ def test_linear(tile: TileConfig, dtype: torch.dtype, order: str, rank: int) -> 
         torch.bfloat16,
         tile,
         promoted,
-        *(branch if rank else (None, None)),
+        *((padded, branch[1].t().contiguous()) if rank else (None, None)),
     )
     want = codes.double() @ weight_i4.double().t() * scale[:, None] * weight_scale.double()[chosen]
     rows = torch.zeros_like(want)
@@ -106,7 +109,7 @@ def test_linear(tile: TileConfig, dtype: torch.dtype, order: str, rank: int) -> 
         rows += reference.rows_of_type(table, types, default).double()
     factor = scale[:, None].double() * weight_scale.double()[chosen] / ONE_IN_SUMS[dtype]
     of_branch, size = (
-        a.double() @ b.double() * factor for a, b in (branch, [t.abs() for t in branch])
+        a.double() @ b.double().t() * factor for a, b in (branch, [t.abs() for t in branch])
     )
     fp32_steps = (4 + rank) * (want.abs() + size) + 4 * rows.abs()
     want = want + rows + of_branch

@@ -21,6 +21,7 @@ from offline import (
 )
 
 from freeact_fx.codegen.kernels import hopper_branch_quantize
+from freeact_fx.codegen.kernels.branch_table import branch_table_kernel
 from freeact_fx.codegen.kernels.hopper_int_mm import hopper_linear_kernel, layouts, registers
 from freeact_fx.codegen.kernels.hopper_transform_quantize import hopper_transform_quantize_kernel
 from freeact_fx.codegen.kernels.int_mm import int_mm_kernel
@@ -250,6 +251,21 @@ def test_hopper_linear(
     assert compiled.local_bytes <= 176
     assert compiled.registers * 128 * (tile.groups + 1) * tile.programs <= 65536
     assert (compiled.shared_bytes + 1024) * tile.programs <= 228 * 1024
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_branch_table(capability: int, scaled: bool) -> None:
+    scales = {"row_scale_ptr": "*fp32", "column_scale_ptr": "*fp32"}
+    compiled = compile_kernel(
+        branch_table_kernel,
+        capability,
+        pointers={"table_ptr": "*i8", "out_ptr": "*bf16", **(scales if scaled else {})},
+        numbers=dict.fromkeys(("I", "J", "WIDTH", "row_stride", "column_stride"), "i32"),
+        constants={"ONE": 16.0, "BLOCK": 1024} | ({} if scaled else dict.fromkeys(scales)),
+        num_warps=4,
+    )
+    assert compiled.local_bytes == 0
 
 
 @pytest.mark.parametrize("qmax", [7, 448])
