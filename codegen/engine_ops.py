@@ -312,7 +312,6 @@ def takes_branch(
         and qmax in (7, 448)
         and lowrank.dtype == torch.int8
         and len(widths) == 1
-        and len(widths) == 1
         and fits_hopper_transform(left, right, widths)
         and branch_tile(*lowrank.shape) is not None
     )
