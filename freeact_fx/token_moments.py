@@ -227,11 +227,9 @@ class TokenMoments:
         Per channel, with n tokens of a type, their mean m and the mean p of all tokens::
 
             m' = p + max(0, 1 - 0.455 / median(r), 1 - 9 / r) (m - p)      r = n (m - p)^2 / v
-            v  = (sum of squared deviations from m + 8 l w) / (n - 1 + 8)
+            v  = (sum of squared deviations from m + 8 w) / (n - 1 + 8)
 
-        w is the variance within types over all tokens (about p, if no type has two), and l the type's mean square over
-        that of all tokens, at most 1: a faint type varies faintly. (The first token of Gemma 3 is always the same, and
-        faint in later layers; moved by what other tokens vary, it was lost.) Medians, that of l too, are over channels;
+        w is the variance within types over all tokens (about p, if no type has two); the median is over channels, and
         0.455 that of r if the type does not differ. The first term is the positive part of James and Stein's
         estimator, made robust: how much of a usual distance is no chance. By the second a channel that stands out is
         believed alone: one token tells of a massive activation. A mean moves by three standard errors at most and many
@@ -249,15 +247,7 @@ class TokenMoments:
             within = deviations.sum(0) / freedom
         else:
             within = (squares.sum(0) / count.sum().clamp_min(1) - pooled.square()).clamp_min(0)
-        energy = squares / count.clamp_min(1)
-        loudness = energy / (squares.sum(0) / count.sum().clamp_min(1))  # NaN where all are 0
-        by_chance = (
-            1 - 2 / (9 * count.clamp_min(1))
-        ) ** 3  # median of chi-squared over n, of Wilson and Hilferty
-        loudness = loudness.nanmedian(1, keepdim=True).values / by_chance
-        loudness = loudness.nan_to_num(1).clamp_max(1)
-        prior = _PRIOR_TOKENS * loudness * within
-        variance = (deviations + prior) / (count - 1 + _PRIOR_TOKENS)
+        variance = (deviations + _PRIOR_TOKENS * within) / (count - 1 + _PRIOR_TOKENS)
         error, distance = variance / count.clamp_min(1), own - pooled
         ratio = distance.square() / error  # NaN where both are 0
         usual = ratio.nanmedian(1, keepdim=True).values
