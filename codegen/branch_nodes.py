@@ -8,14 +8,15 @@ import torch
 from torch.fx import Node
 
 from .graph_nodes import add_call
+from .tiles import branch_width
 
 aten, prims, freeact = torch.ops.aten, torch.ops.prims, torch.ops.freeact
-_MULTIPLE = 8  # 16 bytes, which rows are at multiples of for the copy engine
 
 
 def pad_columns(table: Node) -> Node:
     """A table [..., R] with columns of zeros behind."""
-    padding = -table.meta["val"].shape[-1] % _MULTIPLE
+    rank = table.meta["val"].shape[-1]
+    padding = branch_width(rank) - rank
     if padding == 0:
         return table
     return add_call(table.graph, aten.constant_pad_nd.default, table, [0, padding], 0.0)

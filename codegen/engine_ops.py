@@ -36,6 +36,7 @@ from .tiles import (
     LARGEST_NUM_CODES,
     LARGEST_RANK,
     branch_tile,
+    branch_width,
     fits_hopper,
     hopper_transform_tile,
 )
@@ -189,9 +190,13 @@ def _(x, token_type, shift, channel_scale, left, right, clip, *static):  # type:
     return fake_codes(x, left, right, static[-1])
 
 
+def _codes_dtype(qmax: int) -> torch.dtype:
+    return E4M3 if qmax == 448 else torch.int8
+
+
 def fake_codes(x: Tensor, left: Tensor, right: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
     num_codes = left.shape[1] * right.shape[-1]
-    dtype = {0: torch.bfloat16, 448: E4M3}.get(qmax, torch.int8)
+    dtype = torch.bfloat16 if qmax == 0 else _codes_dtype(qmax)
     codes = x.new_empty((*x.shape[:-1], num_codes), dtype=dtype)
     return codes, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
@@ -250,7 +255,7 @@ def _branch_quantize(
 
 @engine_fake(engine_branch_quantize)
 def _(z, columns, token_type, clip, *static):  # type: ignore[no-untyped-def]
-    codes = z.new_empty(z.shape, dtype=E4M3 if static[-1] == 448 else torch.int8)
+    codes = z.new_empty(z.shape, dtype=_codes_dtype(static[-1]))
     scale = z.new_empty((*z.shape[:-1], 1), dtype=torch.float32)
     return codes, scale, z.new_empty((*z.shape[:-1], columns.shape[1]))
 
@@ -266,7 +271,6 @@ def engine_branch_table(
     Why an op, which Inductor could write: it would do so where the table is first read, between two of our kernels,
     and the second of them could not start ahead.
     """
-    num_rows, num_columns = table.shape
     if has_kernels(table.device):
         from .kernels.branch_table import branch_table
 
@@ -276,17 +280,15 @@ def engine_branch_table(
         values = values * row_scale.unsqueeze(1)
     if column_scale is not None:
         values = values / column_scale
-    padded = torch.zeros(
-        num_rows, -(-num_columns // 8) * 8, dtype=torch.bfloat16, device=table.device
-    )
-    padded[:, :num_columns] = values
-    return padded
+    num_columns = table.shape[1]
+    padding = branch_width(num_columns) - num_columns
+    return torch.nn.functional.pad(values, (0, padding)).bfloat16()
 
 
 @engine_fake(engine_branch_table)
 def _(table, row_scale, column_scale, one):  # type: ignore[no-untyped-def]
     num_rows, num_columns = table.shape
-    return table.new_empty((num_rows, -(-num_columns // 8) * 8), dtype=torch.bfloat16)
+    return table.new_empty((num_rows, branch_width(num_columns)), dtype=torch.bfloat16)
 
 
 @engine_op

@@ -20,6 +20,11 @@ LARGEST_NUM_CODES = (2**31 - 1) // (16 * 7 * 127)
 LARGEST_RANK = 128
 
 
+def branch_width(rank: int) -> int:
+    """Columns of a branch in memory: rows are at multiples of 16 bytes of bf16, for the copy engine."""
+    return -(-rank // 8) * 8
+
+
 @dataclass(frozen=True)
 class TileConfig:
     """One tile of the integer product.

@@ -1,4 +1,5 @@
-"""The one place that imports torch's private compiler modules; torch 2.11 to 2.15 agree on what is used here.
+"""The one place that imports torch's private compiler modules, but for ``codegen.templates``, which is written in
+Inductor's own terms; torch 2.11 to 2.15 agree on what is used here.
 
 Imported at the first backend call, never by ``import freeact_fx``.
 """

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from freeact_fx.codegen.tiles import branch_width
+
 from .launches import Launch
 
 _BLOCK = 1024
@@ -45,7 +47,7 @@ def branch_table(
 ) -> Tensor:
     """See ``freeact::engine_branch_table``."""
     num_rows, num_columns = table.shape
-    width = -(-num_columns // 8) * 8
+    width = branch_width(num_columns)
     out = torch.empty(num_rows, width, dtype=torch.bfloat16, device=table.device)
     optional = (row_scale, column_scale)
     _launch_of(one)(

@@ -11,6 +11,7 @@ and other races, for a copy is there at once.
 from __future__ import annotations
 
 import builtins
+import functools
 import inspect
 import threading
 import types
@@ -89,19 +90,12 @@ def _is_number(value: Any) -> bool:
 def _promoted(*values: Any) -> list[Tensor]:
     """As Triton promotes: tiles and scalars alike, Python's numbers only between integer, float and neither."""
     dtypes = [v.data.dtype for v in values if not _is_number(v)]
-    dtype = _common(dtypes) if dtypes else torch.tensor(values).dtype
+    dtype = functools.reduce(torch.promote_types, dtypes) if dtypes else torch.tensor(values).dtype
     if dtypes and any(isinstance(v, float) for v in values) and not dtype.is_floating_point:
         dtype = torch.float32
     if dtype == torch.bool and any(type(v) is int for v in values):
         dtype = torch.int32
     return [torch.tensor(v, dtype=dtype) if _is_number(v) else v.data.to(dtype) for v in values]
-
-
-def _common(dtypes: Sequence[torch.dtype]) -> torch.dtype:
-    result = dtypes[0]
-    for dtype in dtypes[1:]:
-        result = torch.promote_types(result, dtype)
-    return result
 
 
 def _operator(function: Callable[..., Tensor]) -> Callable[..., Any]:

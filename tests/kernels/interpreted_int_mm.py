@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from random_codes import random_codes
 
 from freeact_fx.codegen.engine_ops import to_engine_order
 from freeact_fx.codegen.kernels.int_mm import int_mm
@@ -12,10 +12,6 @@ from freeact_fx.codegen.tiles import TileConfig
 from freeact_fx.reference import pack_int4
 
 SMALL = TileConfig(16, 64, 32)
-
-
-def random_codes(*shape: int, largest: int) -> Tensor:
-    return torch.randint(-largest, largest + 1, shape).to(torch.int8)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,11 @@ _empty = torch.empty
 
 
 def poisoned_empty(*args: Any, **kwargs: Any) -> Tensor:
-    """``torch.empty`` full of NaN, or of -1 where there is none."""
+    """``torch.empty`` full of NaN. Of integers full of the byte that is no code of 4 bits, and NaN as an e4m3."""
     tensor: Tensor = _empty(*args, **kwargs)
     if tensor.device.type != "meta" and tensor.numel() > 0:
-        tensor.view(torch.uint8).fill_(0xFF)
+        if tensor.dtype.is_floating_point:
+            tensor.fill_(torch.nan)
+        else:
+            tensor.view(torch.uint8).fill_(0x7F)
     return tensor

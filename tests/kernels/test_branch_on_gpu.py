@@ -10,6 +10,7 @@ import pytest
 import torch
 from poison import poisoned_empty
 from prologue_bound import exact_row
+from random_codes import random_codes
 from random_prologues import random_prologue
 from random_transforms import random_transform
 from torch import Tensor
@@ -36,10 +37,6 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned_empty)
 
 
-def random_codes(*shape: int, largest: int) -> Tensor:
-    return torch.randint(-largest, largest + 1, shape, device=GPU).to(torch.int8)
-
-
 def exact_product(codes: Tensor, weight_i4: Tensor) -> Tensor:
     return codes.double() @ weight_i4.double().t()
 
@@ -57,8 +54,8 @@ def exact_product(codes: Tensor, weight_i4: Tensor) -> Tensor:
 def test_linear(
     num_tokens: int, num_outputs: int, num_codes: int, rank: int, typed: bool, dtype: torch.dtype
 ) -> None:
-    codes = random_codes(num_tokens, num_codes, largest=7)
-    weight_i4 = random_codes(num_outputs, num_codes, largest=7)
+    codes = random_codes(num_tokens, num_codes, largest=7, device=GPU)
+    weight_i4 = random_codes(num_outputs, num_codes, largest=7, device=GPU)
     scale, weight_scale = torch.rand(num_tokens, 1, device=GPU), torch.rand(num_outputs, device=GPU)
     table = torch.randn(NUM_TYPES + 1, num_outputs, device=GPU)
     types = torch.randint(-1, NUM_TYPES + 1, (num_tokens,), device=GPU) if typed else None
@@ -102,7 +99,7 @@ def test_linear(
 @pytest.mark.parametrize("num_tokens", [48, 200])
 def test_every_tile_of_the_linear(tile: TileConfig, dtype: torch.dtype, num_tokens: int) -> None:
     """Small integers, so that the outputs are exact; again and again, to see the counters left as zeros."""
-    codes, weight_i4 = (random_codes(n, 4096, largest=1) for n in (num_tokens, 400))
+    codes, weight_i4 = (random_codes(n, 4096, largest=1, device=GPU) for n in (num_tokens, 400))
     codes[:, 60:] *= torch.rand(codes[:, 60:].shape, device=GPU) < 0.02
     c, v = (
         torch.randint(-1, 2, shape, device=GPU).bfloat16()

@@ -16,6 +16,7 @@ import torch
 from gluon_interpreter import InterpretedLaunch, InterpreterError
 from poison import poisoned_empty
 from prologue_bound import exact_row
+from random_codes import random_codes
 from random_prologues import random_prologue
 from random_transforms import random_transform
 from torch import Tensor
@@ -57,10 +58,6 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for module in modules:
         module._launch_of.cache_clear()
-
-
-def random_codes(*shape: int, largest: int) -> Tensor:
-    return torch.randint(-largest, largest + 1, shape).to(torch.int8)
 
 
 @pytest.mark.parametrize(

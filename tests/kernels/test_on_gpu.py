@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from poison import poisoned_empty
 from prologue_bound import exact_row
+from random_codes import random_codes
 from random_prologues import random_prologue
 from random_transforms import random_transform
 from torch import Tensor
@@ -53,10 +54,6 @@ KINDS = [
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned_empty)
-
-
-def random_codes(*shape: int, largest: int) -> Tensor:
-    return torch.randint(-largest, largest + 1, shape).to(torch.int8)
 
 
 def exact_product(codes: Tensor, weight_i4: Tensor) -> Tensor:
