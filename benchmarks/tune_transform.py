@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 
 import torch
@@ -73,6 +74,8 @@ def measure(bench: Bench, num_tokens: int, features: str, before: str) -> None:
     target = torch.empty_like(source)
     calls: dict[str, Callable[[], object]] = {"copy": lambda: target.copy_(source)}
     first = call(tokens[0], chosen)
+    with ThreadPoolExecutor() as pool:  # compiled side by side
+        wait([pool.submit(call, tokens[0], tile) for tile in candidates(chosen)])
     for tile in candidates(chosen):
         name = f"{tile.registers:3} registers x {tile.per_multiprocessor}"
         name += (" ahead" if tile.ahead else "") + (" (chosen)" if tile == chosen else "")

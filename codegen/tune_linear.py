@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from freeact_fx.reference import pack_int4
 
 from .engine_ops import E4M3, is_hopper
 from .tiles import PROMOTED, TileConfig, hopper_tiles, predicted_us
-from .tuning import Problem, gpu_name, problem_of, tune
+from .tuning import Problem, gpu_name, known_tile, problem_of, tune
 
 # Of the tiles whose time is predicted to be shortest; the prediction is seldom off by more than a half.
 _NUM_MEASURED = 12
@@ -55,8 +56,13 @@ def tune_linear(
     tiles.sort(
         key=lambda tile: predicted_us(tile, problem.num_tokens, num_outputs, problem.num_codes)
     )
+    known = known_tile(problem, gpu_name(device))
+    if known is not None:
+        return known
+    tiles = tiles[:_NUM_MEASURED]
     call = _Call(problem, slice_sizes, dtype, device)
-    return tune(problem, gpu_name(device), tiles[:_NUM_MEASURED], call.time_us)
+    call.compile(tiles)
+    return tune(problem, gpu_name(device), tiles, call.time_us)
 
 
 class _Call:
@@ -70,6 +76,7 @@ class _Call:
         device: torch.device,
     ) -> None:
         m, n, k = problem.num_tokens, problem.num_outputs, problem.num_codes
+        self._device = device
         num_types = max(2, len(slice_sizes))
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         self._copies = max(1, -(-2 * cache // (m * k + n * k // 2 + 2 * m * n)))
@@ -87,26 +94,21 @@ class _Call:
         slice_of_type = [min(t, len(slice_sizes) - 1) for t in range(num_types)]
         self._static = (list(slice_sizes), slice_of_type, 0, torch.bfloat16)
 
+    def compile(self, tiles: Sequence[TileConfig]) -> None:
+        """Compile the kernels of tiles side by side. One that cannot be is left for ``time_us`` to fail with."""
+        with ThreadPoolExecutor(
+            initializer=torch.cuda.set_device, initargs=(self._device,)
+        ) as pool:
+            # The first one alone: it fills the caches that all kernels share.
+            for some in (tiles[:1], tiles[1:]):
+                wait([pool.submit(self._run, tile, copies=1) for tile in some])
+
     def time_us(self, tile: TileConfig) -> float:
         """Median over replays of a CUDA graph, in which the host's time to launch is not."""
-        from .kernels.hopper_int_mm import hopper_linear
-
-        def run() -> None:
-            for codes, weight in zip(self._codes, self._weights, strict=True):
-                operands = (
-                    codes,
-                    self._scale,
-                    weight,
-                    self._weight_scale,
-                    self._table,
-                    self._types,
-                )
-                hopper_linear(*operands, *self._static, tile)
-
-        run()
+        self._run(tile, self._copies)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            run()
+            self._run(tile, self._copies)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         times = []
         for _ in range(_NUM_REPLAYS):
@@ -116,3 +118,10 @@ class _Call:
             end.synchronize()
             times.append(begin.elapsed_time(end))
         return 1e3 * statistics.median(times) / self._copies
+
+    def _run(self, tile: TileConfig, copies: int) -> None:
+        from .kernels.hopper_int_mm import hopper_linear
+
+        for codes, weight in zip(self._codes[:copies], self._weights[:copies], strict=True):
+            operands = (codes, self._scale, weight, self._weight_scale, self._table, self._types)
+            hopper_linear(*operands, *self._static, tile)
