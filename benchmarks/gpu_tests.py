@@ -35,6 +35,7 @@ def command(args: argparse.Namespace) -> list[str]:
     """How the tests are run."""
     chosen = args.k or (SANITIZED if args.sanitizer else None)
     pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(REPOSITORY / "tests")]
+    pytest += ["--ignore-glob=*html_report*"]  # of a browser, which is not to be needed here
     pytest += ["-p", "no:cacheprovider", "-p", "no:benchmark", "-o", "timeout=0"]
     pytest += ["-k", chosen] if chosen else []
     if args.sanitizer is None:

@@ -76,7 +76,6 @@ class _Call:
         device: torch.device,
     ) -> None:
         m, n, k = problem.num_tokens, problem.num_outputs, problem.num_codes
-        self._device = device
         num_types = max(2, len(slice_sizes))
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         self._copies = max(1, -(-2 * cache // (m * k + n * k // 2 + 2 * m * n)))
@@ -97,7 +96,7 @@ class _Call:
     def compile(self, tiles: Sequence[TileConfig]) -> None:
         """Compile the kernels of tiles side by side. One that cannot be is left for ``time_us`` to fail with."""
         with ThreadPoolExecutor(
-            initializer=torch.cuda.set_device, initargs=(self._device,)
+            initializer=torch.cuda.set_device, initargs=(self._codes[0].device,)
         ) as pool:
             # The first one alone: it fills the caches that all kernels share.
             for some in (tiles[:1], tiles[1:]):

@@ -44,8 +44,6 @@ from .stream_order import allow_next_kernel, wait_for_previous_kernel
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
-_NAN = gl.constexpr(float("nan"))
-
 
 @gluon.jit
 def copy_chunk(
@@ -157,7 +155,7 @@ def hopper_branch_quantize_kernel(
             c = gl.where(owner == types_of(type_ptr, m, M, NUM_TYPES)[:, None], c, 0.0)
     multiplied = gl.convert_layout(c.to(gl.bfloat16), left)
     # The grid of each token. A maximum is a number if either of two is; where z is not finite nothing is.
-    largest = gl.full((BLOCK_M, BLOCK_K), _NAN, gl.float32, of_chunk)
+    largest = gl.full((BLOCK_M, BLOCK_K), float("nan"), gl.float32, of_chunk)
     for before in range(0, NUM_CHUNKS):
         chunk = NUM_CHUNKS - 1 - before
         stage = chunk % STAGES

@@ -206,7 +206,8 @@ def test_again_and_again(num_tokens: int) -> None:
 @pytest.mark.parametrize("num_features", [3584, 4096, 12288])
 def test_transform_without_rounding(num_features: int, kind: str) -> None:
     t = random_transform("shift", num_features, NUM_TYPES, seed=1)
-    if hopper_transform_tile(t.left.shape[0], t.right.shape[-1], kind.split()[0]) is None:
+    (d1, d2), widths = (t.left.shape[0], t.right.shape[-1]), tuple(t.widths)
+    if hopper_transform_tile(d1, widths, d2, kind.split()[0]) is None:
         pytest.skip("no kernel leaves the values of this shape")
     x = torch.randn(37, num_features).bfloat16()
     types = torch.randint(-1, NUM_TYPES + 1, (37,), dtype=torch.int32)
