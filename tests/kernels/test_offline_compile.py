@@ -214,6 +214,8 @@ def test_hopper_linear(
         "GROUPS": tile.groups,
         "GROUP_M": tile.group_m,
         "SPLIT_K": tile.split_k,
+        "LEADS": num_slices > 1,
+        "FOLLOWS": not typed,
         "GROUP_REGISTERS": registers(tile)["GROUP_REGISTERS"],
         "PROMOTED": is_e4m3,
         "RANK": rank,
