@@ -61,14 +61,24 @@ _store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shar
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 _OLD_NAME = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))
 
-_INSTRUCTION_TOKENS = gl.constexpr(128)  # int8 wgmma is refused at 256
-
 
 @gluon.constexpr_function
 def product_layout(tokens, columns=32):
     return gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, tokens, columns]
     )
+
+
+@gluon.constexpr_function
+def tokens_at_once(block_m):
+    """Of an instruction; int8 wgmma is refused at 256."""
+    return min(block_m, 128)
+
+
+@gluon.constexpr_function
+def left_layout(block_m):
+    parent = product_layout(tokens_at_once(block_m))
+    return gl.DotOperandLayout(operand_index=0, parent=parent, k_width=4)
 
 
 @gluon.constexpr_function
@@ -254,16 +264,6 @@ def copy_tiles(
                     full.index(stage),
                     weight_ring.index(GROUPS * stage + group),
                 )
-        num_items = num_m * num_n * SPLIT_K
-        if BLOCK_M <= 64 or num_items <= gl.num_programs(0):
-            lanes: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-            for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-                tile_m, tile_n = tile_of(item // SPLIT_K, num_m, num_n, GROUP_M)
-                first, last = part_of(0, num_even, item % SPLIT_K, BLOCK_K, SPLIT_K)
-                for group in gl.static_range(GROUPS):
-                    rows = (tile_n * GROUPS + group) * ROWS + gl.arange(0, ROWS, lanes)
-                    start = gl.minimum(rows, N - 1).to(gl.int64) * row_bytes + first
-                    fetch(weight_ptr + start, last - first)
     if not FOLLOWS:
         wait_for_previous_kernel()
     if LEADS:
@@ -470,6 +470,31 @@ def plus_branch(
 
 
 @gluon.jit
+def begin_step(
+    total,
+    step,
+    codes_ring,
+    weight_ring,
+    GROUPS: gl.constexpr,
+    GROUP: gl.constexpr,
+    ADDS: gl.constexpr,
+):
+    """The products of a step that has arrived, which the tensor cores are at; with the sums before, if it ADDS."""
+    STAGES: gl.constexpr = weight_ring.shape[0] // GROUPS
+    left: gl.constexpr = left_layout(codes_ring.shape[1])
+    stage = step % STAGES
+    packed = weight_ring.index(GROUPS * stage + GROUP).load(left)
+    if codes_ring.dtype == gl.float8e4nv:
+        even, odd = unpack_e4m3(packed)
+    else:
+        even, odd = unpack_codes(packed)
+    even_codes = codes_ring.index(2 * stage).permute((1, 0))
+    odd_codes = codes_ring.index(2 * stage + 1).permute((1, 0))
+    total = warpgroup_mma(even, even_codes, total, use_acc=ADDS, is_async=True)
+    return warpgroup_mma(odd, odd_codes, total, is_async=True)
+
+
+@gluon.jit
 def multiply_tiles(
     out,
     coefficients,
@@ -508,9 +533,8 @@ def multiply_tiles(
     ROWS: gl.constexpr = weight_ring.shape[1]
     BLOCK_K: gl.constexpr = weight_ring.shape[2]
     BLOCK_M: gl.constexpr = codes_ring.shape[1]
-    TOKENS: gl.constexpr = BLOCK_M if BLOCK_M < _INSTRUCTION_TOKENS else _INSTRUCTION_TOKENS
+    TOKENS: gl.constexpr = tokens_at_once(BLOCK_M)
     layout: gl.constexpr = product_layout(TOKENS)
-    left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout, k_width=4)
     E4M3: gl.constexpr = codes_ring.dtype == gl.float8e4nv
     BRANCH_STEPS: gl.constexpr = (2 * RANK + BLOCK_K - 1) // BLOCK_K
     NUM_SLICES: gl.constexpr = len(SLICE_STARTS)
@@ -548,28 +572,33 @@ def multiply_tiles(
                 weight_scale_ptr, bias_ptr, n, N, DEFAULT_TYPE, SLICE_OF_TYPE, NUM_SLICES, TYPED
             )
         total = gl.zeros((ROWS, BLOCK_M), gl.float32 if E4M3 else gl.int32, layout)
-        for _byte in range(first, last, BLOCK_K):
-            stage = step % STAGES
-            mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-            packed = weight_ring.index(GROUPS * stage + GROUP).load(left)
-            even_codes = codes_ring.index(2 * stage).permute((1, 0))
-            odd_codes = codes_ring.index(2 * stage + 1).permute((1, 0))
-            if E4M3:
-                even, odd = unpack_e4m3(packed)
-            else:
-                even, odd = unpack_codes(packed)
-            # Waited for here and not a step later: tensor cores that read registers across the end of the loop's body
-            # make the assembler wait after each of their instructions (C7512). The other groups multiply meanwhile.
+        # Waited for in the body that they began in: tensor cores that read registers across the end of a loop's body
+        # make the assembler wait after each of their instructions (C7512). The other groups multiply meanwhile; where
+        # there are too few products for that, a body has two steps.
+        rest = first
+        if BLOCK_M <= 32 and not PROMOTED:
+            rest = first + (last - first) // (2 * BLOCK_K) * (2 * BLOCK_K)
+            for _byte in range(first, rest, 2 * BLOCK_K):
+                # Both before the products: a branch between them makes the assembler wait, too.
+                for ahead in gl.static_range(2):
+                    arrived = full.index((step + ahead) % STAGES)
+                    mbarrier.wait(arrived, ((step + ahead) // STAGES) & 1)
+                total = begin_step(total, step, codes_ring, weight_ring, GROUPS, GROUP, True)
+                total = begin_step(total, step + 1, codes_ring, weight_ring, GROUPS, GROUP, True)
+                total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
+                mbarrier.arrive(empty.index(step % STAGES))
+                mbarrier.arrive(empty.index((step + 1) % STAGES))
+                step += 2
+        for _byte in range(rest, last, BLOCK_K):
+            mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
             if PROMOTED:
                 of_step = gl.zeros((ROWS, BLOCK_M), gl.float32, layout)
-                of_step = warpgroup_mma(even, even_codes, of_step, use_acc=False, is_async=True)
-                of_step = warpgroup_mma(odd, odd_codes, of_step, is_async=True)
+                of_step = begin_step(of_step, step, codes_ring, weight_ring, GROUPS, GROUP, False)
                 total += warpgroup_mma_wait(num_outstanding=0, deps=(of_step,))
             else:
-                total = warpgroup_mma(even, even_codes, total, is_async=True)
-                total = warpgroup_mma(odd, odd_codes, total, is_async=True)
+                total = begin_step(total, step, codes_ring, weight_ring, GROUPS, GROUP, True)
                 total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
-            mbarrier.arrive(empty.index(stage))
+            mbarrier.arrive(empty.index(step % STAGES))
             step += 1
         if PROMOTED:  # whose registers are full during them
             weight_scales, biases = rows_of_outputs(
@@ -730,8 +759,10 @@ def hopper_linear_kernel(
 
 def registers(tile: TileConfig) -> dict[str, int]:
     """Registers of a thread: of all groups and four warps for copying on average, and in a group but the first."""
-    if tile.block_m <= 32:
-        average, group = 64, 80
+    if tile.block_m <= 16:
+        average, group = 80, 104
+    elif tile.block_m <= 32:
+        average, group = 88, 112
     elif tile.block_m <= 64:
         average, group = 80, 104
     else:
