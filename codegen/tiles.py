@@ -276,7 +276,7 @@ class HopperTransformTile:
     def of_one_token(self) -> HopperTransformTile:
         """For programs that have no next token to be ahead with. With it on a multiprocessor fits a product's tile of
         few tokens: the product before may still run, and the one after begin."""
-        return replace(self, ahead=False, registers=min(self.registers, 1280 // self.num_warps))
+        return replace(self, ahead=False, registers=min(self.registers, 1088 // self.num_warps))
 
 
 @functools.cache
