@@ -1,7 +1,7 @@
 """What does quantisation cost in accuracy? Rows are methods, models are small but real.
 
     python benchmarks/accuracy.py --quick --out quick.json          a bit of everything, 2 cores
-    python benchmarks/accuracy.py --out accuracy.json --device cuda --workers 8    everything
+    python benchmarks/accuracy.py --out accuracy.json --device cuda --calibrate-on cpu --workers 8    everything
     python benchmarks/accuracy.py --set headlines --deadline 3600   what matters most, in an hour
     python benchmarks/accuracy.py --models dllm --methods default "one type" --formats w4a4
     python benchmarks/accuracy.py --model-id GSAI-ML/LLaDA-8B-Base --kind dllm --mask-token-id 126336 \\
@@ -17,11 +17,16 @@ A row goes to the work file (`--parts`) as soon as it is measured, and a later r
 there: same row, sizes and compiler, same source of the package and of the row. So a run can be
 killed, or its rows (`--set`, `--models`, `--seeds`, `--jobs` and so on) divided among machines, each
 with a work file of its own, and the work files given together.
+
+Calibration in closed form is many small operations: several processes on one GPU wait for each
+other, while two cores each are enough. So with GPUs give `--calibrate-on cpu` and half as many workers
+as there are cores; only rows that learn are then calibrated on a GPU, and all are scored there.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -48,7 +53,7 @@ from accuracy_summary import (
     read_rows,
     summarise,
 )
-from accuracy_workers import Worker, gpus_of_workers, measure_all
+from accuracy_workers import Worker, gpus_of_workers, measure_all, place_to_score
 from measure import REPOSITORY, environment
 from small_models import CACHE
 from torch import nn
@@ -73,11 +78,11 @@ QUICK_METHODS = {
 
 
 class Benchmark:
-    """Measures rows; the float model of the last one stays loaded for the next."""
+    """Measures rows; the float model of the last one stays loaded, where it was, for the next."""
 
     def __init__(self, args: argparse.Namespace, hub: HubModel | None, sizes: Sizes) -> None:
         self.args, self.hub, self.sizes = args, hub, sizes
-        self._loaded: tuple[str, nn.Module] | None = None
+        self._loaded: tuple[tuple[str, str], nn.Module] | None = None  # of a name and a device
         self._sources = {name: source_digest(name) for name in METHODS}
 
     def key(self, job: Job) -> dict[str, Any]:
@@ -90,6 +95,17 @@ class Benchmark:
             "hub": None if self.hub is None else asdict(self.hub),
             "source": self._sources[job.method],
         }
+
+    def learns(self, job: Job) -> bool:
+        return METHODS[job.method].learns
+
+    def devices(self, job: Job) -> dict[str, str]:
+        """Where a row is scored ("device"), and where calibrated; the float model is not."""
+        device = self.args.device
+        if METHODS[job.method].calibrate is None:
+            return {"device": device}
+        on_cpu = self.args.calibrate_on == "cpu" and not self.learns(job)
+        return {"device": device, "calibrated_on": "cpu" if on_cpu else device}
 
     def measure(self, job: Job) -> dict[str, Any]:
         """Calibrate, save, score in a fresh process; returns the row.
@@ -108,7 +124,6 @@ class Benchmark:
                 folder.mkdir(parents=True, exist_ok=True)
             key = self.key(job)
             facts = {} if METHODS[job.method].calibrate is None else self._calibrate(job, folder)
-            start = time.perf_counter()
             request = Request(
                 model=job.model,
                 method=job.method,
@@ -122,20 +137,23 @@ class Benchmark:
                 lm_eval_limit=self.args.lm_eval_limit,
             )
             request.save(folder)
-            subprocess.run([sys.executable, __file__, "--score", str(folder)], check=True)
+            with self._place_to_score():
+                start = time.perf_counter()
+                subprocess.run([sys.executable, __file__, "--score", str(folder)], check=True)
+                facts["score_s"] = round(time.perf_counter() - start, 1)
             facts |= json.loads((folder / "score.json").read_text())
-            facts["score_s"] = round(time.perf_counter() - start, 1)
         return {**key, **facts, "environment": self._environment(job)}
 
     def _calibrate(self, job: Job, folder: Path) -> dict[str, Any]:
         """Save the row's checkpoint in a folder; returns time, storage, plans, and the predictor's share."""
         method, spec = METHODS[job.method], self._spec(job.model)
         assert method.calibrate is not None
+        device = self.devices(job)["calibrated_on"]
         batches = [
-            {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+            {name: tensor.to(device) for name, tensor in batch.items()}
             for batch in spec.calibration(self.args.cache, self.sizes, job.seed)
         ]
-        model = self._float_model(job.model)
+        model = self._float_model(job.model, device)
         start = time.perf_counter()
         checkpoint = method.calibrate(model, batches, self._config(job))
         seconds = time.perf_counter() - start
@@ -159,16 +177,21 @@ class Benchmark:
     def _spec(self, name: str) -> BenchmarkModel:
         return self.hub.benchmark_model() if self.hub else MODELS[name]
 
-    def _float_model(self, name: str) -> nn.Module:
-        if self._loaded is None or self._loaded[0] != name:
+    def _float_model(self, name: str, device: str) -> nn.Module:
+        if self._loaded is None or self._loaded[0] != (name, device):
             self._loaded = None  # goes before the next one comes
-            self._loaded = (name, self._spec(name).load(self.args.cache).to(self.args.device))
+            self._loaded = ((name, device), self._spec(name).load(self.args.cache).to(device))
         return self._loaded[1]
+
+    def _place_to_score(self) -> contextlib.AbstractContextManager[None]:
+        if self.args.device == "cpu":
+            return contextlib.nullcontext()
+        return place_to_score(self.args.cache / "scoring", self.args.scoring_per_gpu)
 
     def _environment(self, job: Job) -> dict[str, Any]:
         facts = {
             **facts_of_run(self.args.commit),
-            "device": self.args.device,
+            **self.devices(job),
             "compiler": job.compiler,
             "num_workers": self.args.workers,
         }
@@ -255,6 +278,8 @@ def workers_of(benchmark: Benchmark) -> list[Worker]:
     args = benchmark.args
     num_gpus = torch.cuda.device_count() if args.device == "cuda" else 0
     gpus = gpus_of_workers(args.workers, num_gpus)
+    if args.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)
     if args.workers == 1:
         return [Worker(benchmark, gpus[0])]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // args.workers)))
@@ -289,15 +314,25 @@ def parse_arguments() -> argparse.Namespace:
     for name in asdict(Sizes()):
         add(f"--{name.replace('_', '-')}", type=int, help="see accuracy_models.Sizes")
     add("--device", default="cpu", help="cpu or cuda, to calibrate and to score on")
+    add(
+        "--calibrate-on",
+        choices=("device", "cpu"),
+        default="device",
+        help="cpu: calibrate there what has a closed form; rows that learn stay on --device",
+    )
     add("--compiler", choices=COMPILERS, help="eager: the passes without Inductor")
     add("--cache", type=Path, default=CACHE, help="of base models and the float models' rows")
     add("--parts", type=Path, nargs="+", help="work files; the first is appended to")
     add("--workers", type=int, default=1, help="processes, spread over the visible GPUs")
+    add("--threads", type=int, help="of a worker; default: cores / workers")
+    add("--learning-per-gpu", type=int, default=3, help="rows that learn on a GPU at a time")
+    add("--scoring-per-gpu", type=int, default=8, help="rows that are scored on a GPU at a time")
     add(
         "--deadline",
         type=float,
         metavar="SECONDS",
-        help="from now: begin no row that would not be finished by then",
+        help="from now: begin no row that would not be finished by then, going by rows of its model "
+        "and method that are in the work files; without any it counts as 150 s, as 450 s if it learns",
     )
     add("--only-measured", action="store_true", help="measure nothing, sum up the work files")
     add(
@@ -325,8 +360,9 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.model_id is not None and (args.kind is None or args.text_file is None):
         parser.error("--model-id needs --kind and --text-file")
-    if args.workers < 1:
-        parser.error(f"--workers must be at least 1, got {args.workers}")
+    for name in ("workers", "threads", "learning_per_gpu", "scoring_per_gpu"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     args.formats = args.formats or (["w4a4"] if args.quick else list(FORMATS))
     args.seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
     args.compiler = args.compiler or ("eager" if args.quick else "inductor")

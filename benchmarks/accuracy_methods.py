@@ -77,12 +77,14 @@ class Method:
     calibrate  None: the float model itself
     changes    fields of QuantConfig that differ from the default row's
     baseline   True: its numbers depend on the source of baselines.py
+    learns     True: by gradient descent, which is for the device even if others calibrate on the CPU
     """
 
     what: str
     calibrate: Calibrate | None = ours
     changes: Mapping[str, Any] = field(default_factory=dict)
     baseline: bool = False
+    learns: bool = False
 
     def config(
         self, token_types: TokenTypes, format_: str, seed: int, skip: Sequence[str] = ()
@@ -108,6 +110,10 @@ def _baseline(what: str, calibrate: Callable[..., Checkpoint], **options: Any) -
     return Method(what, partial(calibrate, **options), baseline=True)
 
 
+def _learned(what: str, **options: Any) -> Method:
+    return replace(_baseline(what, baselines.flatquant_like, **options), learns=True)
+
+
 WITH_OURS = {"gptq": True, "clip_search": True}
 METHODS = {
     "float": Method("the model as it is", None),
@@ -124,14 +130,11 @@ METHODS = {
     "closed-form single+gptq": _baseline(
         "the same, our GPTQ and clip search", baselines.closed_single, **WITH_OURS
     ),
-    "flatquant-like": _baseline(
-        "one learned Kronecker transform with learned clips, published schedule, weights to nearest",
-        baselines.flatquant_like,
+    "flatquant-like": _learned(
+        "one learned Kronecker transform with learned clips, published schedule, weights to nearest"
     ),
-    "flatquant-like+gptq": _baseline("the same, our GPTQ", baselines.flatquant_like, gptq=True),
-    "flatquant-like short": _baseline(
-        "flatquant-like, 5 epochs instead of 15", baselines.flatquant_like, epochs=5
-    ),
+    "flatquant-like+gptq": _learned("the same, our GPTQ", gptq=True),
+    "flatquant-like short": _learned("flatquant-like, 5 epochs instead of 15", epochs=5),
     "default": Method(
         f"ours: plan auto at memory_budget {MEMORY_BUDGET}, types, sink, GPTQ, clips"
     ),
@@ -182,7 +185,9 @@ METHODS = {
     "bias correction": _ablation(
         "the default, mean errors of each type taken out of its bias", bias_correction=True
     ),
-    "refined": _ablation(
-        "the default, its transforms refined by 100 steps of descent", refine_steps=100
+    "refined": Method(
+        "the default, its transforms refined by 100 steps of descent",
+        changes={"refine_steps": 100},
+        learns=True,
     ),
 }

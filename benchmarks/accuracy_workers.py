@@ -4,11 +4,15 @@ The process that was started hands out the rows one by one, in their order, and 
 work file. A worker has a `Benchmark` of its own (its float model stays loaded), one GPU where there
 are any, and answers each job with its row. A worker that dies has lost the row in work; the next row
 gets a new one.
+
+Two things that would fill a GPU are limited: rows that learn on it, by who hands out the rows, and
+processes that score on it, by locks (`place_to_score`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import multiprocessing
 import os
@@ -17,7 +21,8 @@ import statistics
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -32,7 +37,9 @@ if TYPE_CHECKING:
 
 _SPAWN = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
 # A row is begun if this many times what rows like it took is left: their times vary with who else runs.
-_MARGIN = 1.25
+_MARGIN = 1.1
+# Seconds expected of a row whose like was never measured: on two cores in closed form; learning on a GPU.
+_GUESS, _GUESS_LEARNING = 150.0, 450.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ class Worker:
         gpu        the only one that the process sees, as CUDA_VISIBLE_DEVICES has it; None: all
         log        where its output goes, and that of the processes it starts; None: to ours
         """
+        self.gpu = gpu
         self._arguments = (benchmark, gpu, log)
         self._process: Any = None
 
@@ -126,29 +134,47 @@ def gpus_of_workers(num_workers: int, num_gpus: int) -> list[str | None]:
     return [names[number % num_gpus] for number in range(num_workers)]
 
 
-def expected_seconds(
-    rows: Sequence[Mapping[str, Any]], key: Mapping[str, Any], device: str
-) -> float:
-    """How long a row will take: as long as rows of its method took, or its model, or any; 0 before there is one.
+@contextlib.contextmanager
+def place_to_score(folder: Path, num: int) -> Iterator[None]:
+    """Hold one of `num` places on the GPU that the process sees; waits for one.
+
+    A place is a lock on a file in the folder. Why not a semaphore: who is killed would keep its place.
+    """
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "all").replace("/", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        for number in range(num):
+            with (folder / f"{gpu}-{number}").open("a") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                yield
+                return
+        time.sleep(0.2)
+
+
+def expected_seconds(rows: Sequence[Mapping[str, Any]], benchmark: Benchmark, job: Job) -> float:
+    """How long a row will take: as rows of its model and method took, or a guess before there is one.
 
     rows  measured before; those at other sizes or on other devices tell nothing
-    key   of the row (`Benchmark.key`)
     """
+    key, devices = benchmark.key(job), _devices(benchmark.devices(job))
     like = [
         row
         for row in rows
-        if row["environment"]["device"] == device
-        and all(row[name] == key[name] for name in ("sizes", "hub"))
+        if _devices(row["environment"]) == devices
+        and all(row[name] == key[name] for name in ("model", "method", "sizes", "hub"))
     ]
-    for names in (("compiler", "model", "method"), ("model", "method"), ("model",), ()):
-        seconds = [
-            row.get("calibrate_s", 0) + row["score_s"]
-            for row in like
-            if all(row[n] == key[n] for n in names)
-        ]
-        if seconds:
-            return _MARGIN * statistics.median(seconds)
-    return 0
+    like = [row for row in like if row["compiler"] == key["compiler"]] or like
+    if like:
+        return _MARGIN * statistics.median(r.get("calibrate_s", 0) + r["score_s"] for r in like)
+    return _GUESS_LEARNING if benchmark.learns(job) else _GUESS
+
+
+def _devices(facts: Mapping[str, Any]) -> tuple[str, str]:
+    """Scored on, calibrated on; rows of older runs say the first alone, where they are the same."""
+    return facts["device"], facts.get("calibrated_on", facts["device"])
 
 
 def measure_all(
@@ -169,12 +195,20 @@ def measure_all(
     waiting = [job for job in jobs if find_row(measured, benchmark.key(job)) is None]
     parts[0].parent.mkdir(parents=True, exist_ok=True)
     idle, busy, failed = list(workers), {}, []
+    most_learning = benchmark.args.learning_per_gpu
     bar = tqdm(total=len(waiting), unit="row")
     try:
         while True:
-            while idle and (job := _next(benchmark, waiting, measured, deadline)):
+            while idle:
+                # On a GPU where as few rows as possible learn.
+                learning = Counter(w.gpu for w in busy.values() if benchmark.learns(w.job))
+                worker = min(idle, key=lambda w: learning[w.gpu])
+                full = worker.gpu is not None and learning[worker.gpu] >= most_learning
+                job = _next(benchmark, waiting, measured, deadline, may_learn=not full)
+                if job is None:
+                    break
                 waiting.remove(job)
-                worker = idle.pop(0)
+                idle.remove(worker)
                 worker.begin(job)
                 busy[worker.pipe] = worker
             if not busy:
@@ -212,13 +246,14 @@ def _next(
     waiting: Sequence[Job],
     measured: Sequence[Mapping[str, Any]],
     deadline: float | None,
+    *,
+    may_learn: bool,
 ) -> Job | None:
-    """The first row that would be finished in time."""
-    if deadline is None:
-        return next(iter(waiting), None)
-    left, device = _left(deadline), benchmark.args.device
+    """The first row that would be finished in time; `may_learn`: it may be one that learns."""
     for job in waiting:
-        if expected_seconds(measured, benchmark.key(job), device) <= left:
+        if benchmark.learns(job) and not may_learn:
+            continue
+        if deadline is None or expected_seconds(measured, benchmark, job) <= _left(deadline):
             return job
     return None
 

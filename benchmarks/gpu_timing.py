@@ -29,10 +29,10 @@ from typing import Any
 
 import measure
 import torch
-from measure import REPOSITORY
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 
+import freeact_fx
 from freeact_fx import timing
 from freeact_fx.timing import Timing
 
@@ -40,6 +40,7 @@ Call = Callable[[], Any]
 _CACHE_TURNS = 3  # sizes of the L2 cache that pass between two uses of a weight
 _CYCLES_PER_SECOND = 2.5e9  # no chip's clock is above; only how long the device spins depends on it
 _LEAST_ROUNDS, _MOST_ROUNDS = 15, 300
+_PARTS = ("passes", "codegen")  # of the package, with folders of their own in a checkout
 
 
 @dataclass(frozen=True)
@@ -263,7 +264,7 @@ def environment(bench: Bench, *, rehearsal: bool, commit: str | None = None) -> 
     return {
         "rehearsal": rehearsal,
         "device": _device_name(bench),
-        "sources": _sources_digest(),
+        "sources": sources_digest(),
         "triton": _version("triton"),
         "torchao": _version("torchao"),
         "cuda": torch.version.cuda,
@@ -278,11 +279,18 @@ def _device_name(bench: Bench) -> str:
     return torch.cuda.get_device_name(bench.device) if bench.on_gpu else measure.cpu_name()
 
 
-def _sources_digest() -> str:
-    """Of the package's source: a commit that was given by hand may be wrong, and a checkout may be edited."""
+def sources_digest(package: Path | None = None) -> str:
+    """Of the package's source: a commit that was given by hand may be wrong, and a checkout may be edited.
+
+    package  folder of freeact_fx, by default the one that was imported; passes and codegen are in it where it
+             is installed, beside it in a checkout, and the digest is the same
+    """
+    package = package or Path(freeact_fx.__file__).parent
+    parts = [package / n if (package / n).exists() else package.parent / n for n in _PARTS]
+    own = (f for f in package.rglob("*.py") if f.relative_to(package).parts[0] not in _PARTS)
     digest = hashlib.sha256()
-    for folder in ("freeact_fx", "passes", "codegen"):
-        for file in sorted((REPOSITORY / folder).rglob("*.py")):
+    for files in (own, *(part.rglob("*.py") for part in parts)):
+        for file in sorted(files):
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 

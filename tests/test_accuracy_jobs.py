@@ -108,3 +108,46 @@ def test_a_line_that_is_no_row(line: str, what: str, tmp_path: Path) -> None:
     file.write_text('{"model": "dllm", "method": "rtn"}\n' + line)
     with pytest.raises(SystemExit, match=rf"line 2: .*{what}"):
         read_jobs(file, "eager")
+
+
+@pytest.mark.parametrize(
+    ("words", "method", "devices"),
+    [
+        ("", "default", {"device": "cpu", "calibrated_on": "cpu"}),
+        ("--device cuda", "default", {"device": "cuda", "calibrated_on": "cuda"}),
+        (
+            "--device cuda --calibrate-on cpu",
+            "default",
+            {"device": "cuda", "calibrated_on": "cpu"},
+        ),
+        (
+            "--device cuda --calibrate-on cpu",
+            "flatquant-like",
+            {"device": "cuda", "calibrated_on": "cuda"},
+        ),
+        ("--device cuda --calibrate-on cpu", "float", {"device": "cuda"}),
+    ],
+)
+def test_where_a_row_is_calibrated(
+    words: str, method: str, devices: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", *words.split()])
+    args = accuracy.parse_arguments()
+    benchmark = accuracy.Benchmark(args, None, accuracy.Sizes())
+    assert benchmark.devices(Job("dllm", method, "w4a4", 0, "eager")) == devices
+
+
+def test_which_methods_learn() -> None:
+    learning = {name for name, method in METHODS.items() if method.learns}
+    gradient = ("flatquant-like", "flatquant-like+gptq", "flatquant-like short", "refined")
+    assert learning == set(gradient)
+
+
+@pytest.mark.parametrize("option", ["workers", "threads", "learning-per-gpu", "scoring-per-gpu"])
+def test_numbers_are_at_least_one(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", f"--{option}", "0"])
+    with pytest.raises(SystemExit):
+        accuracy.parse_arguments()
+    assert f"--{option} must be at least 1, got 0" in capsys.readouterr().err

@@ -9,12 +9,20 @@ import subprocess
 import time
 from argparse import Namespace
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import accuracy_workers
 import pytest
 from accuracy_summary import read_rows
-from accuracy_workers import Worker, expected_seconds, gpus_of_workers, measure_all
+from accuracy_workers import (
+    Worker,
+    expected_seconds,
+    gpus_of_workers,
+    measure_all,
+    place_to_score,
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,13 @@ class Row:
 class Benchmark:
     """What it does is said by the method."""
 
-    args = Namespace(device="cpu")
+    args = Namespace(learning_per_gpu=1)
+
+    def learns(self, job: Row) -> bool:
+        return job.method.startswith("learns")
+
+    def devices(self, job: Row) -> dict[str, str]:
+        return {"device": "cuda", "calibrated_on": "cuda" if self.learns(job) else "cpu"}
 
     def key(self, job: Row) -> dict[str, Any]:
         return {**asdict(job), "sizes": {}, "hub": None, "source": "s", "config": None}
@@ -47,8 +61,8 @@ class Benchmark:
         time.sleep(float(seconds or 0))
         print("measured", flush=True)
         facts = {"process": os.getpid(), "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}
-        times = {"calibrate_s": float(seconds or 0), "score_s": 0.0}
-        rest = {"metrics": {"nll": 1.0}, "environment": {"device": "cpu"}}
+        times = {"calibrate_s": float(seconds or 0), "score_s": 0.0, "ended": time.monotonic()}
+        rest = {"metrics": {"nll": 1.0}, "environment": self.devices(job)}
         return {**self.key(job), **facts, **times, **rest}
 
 
@@ -112,7 +126,10 @@ def test_no_row_is_begun_that_would_not_be_finished(
     assert "1 rows were not measured by the deadline" in capsys.readouterr().out
 
 
-def test_rows_in_work_at_the_deadline_are_given_up(tmp_path: Path) -> None:
+def test_rows_in_work_at_the_deadline_are_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accuracy_workers, "_GUESS", 0)
     start, own = time.monotonic(), f"36{os.getpid()}"
     rows, failed = measure(tmp_path, "a", f"child {own}", "b", deadline=8)
     assert time.monotonic() - start < 30
@@ -122,12 +139,16 @@ def test_rows_in_work_at_the_deadline_are_given_up(tmp_path: Path) -> None:
     assert not sleeping.stdout
 
 
-def test_estimates_come_from_the_rows_most_alike() -> None:
-    benchmark = Benchmark()
+def test_estimates_come_from_rows_of_the_same_model_and_method() -> None:
+    benchmark: Any = Benchmark()
 
-    def row(method: str, seconds: float, device: str = "cpu", **fields: Any) -> dict[str, Any]:
-        facts = {"score_s": seconds, "environment": {"device": device}}
-        return {**benchmark.key(Row(method, **fields)), **facts}
+    def row(method: str, seconds: float, **fields: Any) -> dict[str, Any]:
+        job = Row(method, **fields)
+        return {
+            **benchmark.key(job),
+            "score_s": seconds,
+            "environment": benchmark.devices(job),
+        }
 
     rows = [
         row("a", 10),
@@ -135,20 +156,56 @@ def test_estimates_come_from_the_rows_most_alike() -> None:
         row("a", 20),
         row("b", 50),
         row("a", 90, compiler="inductor"),
-        row("a", 1, device="cuda"),
+        {**row("a", 1), "environment": {"device": "cpu"}},
         {**row("a", 2), "sizes": {"windows": 1}},
         row("a", 1000, model="n"),
+        {**row("learns", 400), "environment": {"device": "cuda"}},  # as older runs wrote it
+        {**row("c", 3), "environment": {"device": "cuda"}},  # was calibrated on the GPU
     ]
 
     def seconds(method: str, **fields: Any) -> float:
-        return expected_seconds(rows, benchmark.key(Row(method, **fields)), "cpu") / 1.25
+        job: Any = Row(method, **fields)
+        return expected_seconds(rows, benchmark, job)
 
-    assert seconds("a") == 20
-    assert seconds("b", compiler="inductor") == 50
-    assert seconds("c") == 30
-    assert seconds("a", model="n") == 1000
-    assert seconds("a", model="new") == 40
-    assert expected_seconds([], benchmark.key(Row("a")), "cpu") == 0
+    assert seconds("a") == pytest.approx(1.1 * 20)
+    assert seconds("a", compiler="inductor") == pytest.approx(1.1 * 90)
+    assert seconds("b", compiler="inductor") == pytest.approx(1.1 * 50)
+    assert seconds("a", model="n") == pytest.approx(1.1 * 1000)
+    assert seconds("learns") == pytest.approx(1.1 * 400)
+    for method, model in (("c", "m"), ("b", "n"), ("new", "m")):
+        assert seconds(method, model=model) == 150
+    assert seconds("learns", model="n") == seconds("learns too") == 450
+
+
+def test_few_rows_learn_on_a_gpu_at_a_time(tmp_path: Path) -> None:
+    """Two GPUs with two workers each: each GPU learns one row at a time, beside others."""
+    learning = [f"learns{letter} 0.5" for letter in "abcd"]
+    rows, failed = measure(tmp_path, *learning, "e 0.1", "f 0.1", num=4)
+    assert failed == []
+    assert {row["method"] for row in rows} == {*learning, "e 0.1", "f 0.1"}
+    learned = [row for row in rows if row["method"] in learning]
+    assert {row["gpu"] for row in learned} == {"0", "1"}
+    for gpu in "01":
+        ends = sorted(row["ended"] for row in learned if row["gpu"] == gpu)
+        assert all(later - earlier > 0.45 for earlier, later in pairwise(ends))
+    assert rows[-1] in learned  # the others did not wait
+
+
+def test_places_to_score_come_back_from_who_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    command = f"flock {tmp_path}/0-1 sleep 1"
+    with place_to_score(tmp_path, 2), subprocess.Popen(["bash", "-c", command]) as other:
+        time.sleep(0.3)
+        start = time.monotonic()
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+        with place_to_score(tmp_path, 2):
+            assert time.monotonic() - start < 0.2  # another GPU
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        with place_to_score(tmp_path, 2):
+            assert time.monotonic() - start > 0.4
+        other.wait()
 
 
 @pytest.mark.parametrize(

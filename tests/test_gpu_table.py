@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from gpu_layers import SLICED, TWO_TYPES, typed_transform
 from gpu_peers import FP8, INDUCTOR, INT8, MAX_AUTOTUNE, TORCHAO_INT8
 from gpu_rows import KEYS, Row, Sizes, all_rows
 from gpu_table import TableError, add_row, chosen_rows, describe, open_table
-from gpu_timing import Bench, brief
+from gpu_timing import Bench, brief, sources_digest
 from measure import RESULTS
 
 REHEARSAL = ["--device", "cpu", "--shapes", "tiny", "--compiler", "eager"]
@@ -271,6 +272,25 @@ def test_as_many_linears_as_make_weights_cold(monkeypatch: pytest.MonkeyPatch) -
     bench = Bench(torch.device("cuda"))
     assert bench.copies(25 << 20) == 6
     assert bench.copies(151 << 20) == 1
+
+
+def test_digest_of_sources_is_that_of_the_package_wherever_it_is(tmp_path: Path) -> None:
+    """In a checkout passes and codegen are beside it, in an installation inside."""
+    files = ("__init__.py", "cli/app.py", "passes/detect.py", "codegen/kernels/mm.py", "zero.py")
+    for name in files:
+        parts = name.split("/")
+        place = "" if parts[0] in ("passes", "codegen") else "freeact_fx"
+        for folder in (tmp_path / "checkout" / place, tmp_path / "installed" / "freeact_fx"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(f"# {name}")
+    before = sources_digest(tmp_path / "checkout" / "freeact_fx")
+    assert before == sources_digest(tmp_path / "installed" / "freeact_fx")
+    (tmp_path / "installed" / "freeact_fx" / "codegen" / "kernels" / "mm.py").write_text("")
+    assert before != sources_digest(tmp_path / "installed" / "freeact_fx")
+    nothing = hashlib.sha256().hexdigest()[:16]
+    assert sources_digest() != nothing
+    results = [json.loads(f.read_text()) for f in RESULTS.glob("*.json")]
+    assert all(r.get("environment", {}).get("sources") != nothing for r in results)
 
 
 def test_error_in_a_line() -> None:
