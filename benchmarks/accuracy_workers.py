@@ -39,7 +39,7 @@ _SPAWN = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
 # A row is begun if this many times what rows like it took is left: their times vary with who else runs.
 _MARGIN = 1.1
 # Seconds expected of a row whose like was never measured: on two cores in closed form; learning on a GPU.
-_GUESS, _GUESS_LEARNING = 150.0, 450.0
+_GUESS, _GUESS_LEARNING = 200.0, 450.0
 
 
 @dataclass(frozen=True)

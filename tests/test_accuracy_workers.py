@@ -173,7 +173,7 @@ def test_estimates_come_from_rows_of_the_same_model_and_method() -> None:
     assert seconds("a", model="n") == pytest.approx(1.1 * 1000)
     assert seconds("learns") == pytest.approx(1.1 * 400)
     for method, model in (("c", "m"), ("b", "n"), ("new", "m")):
-        assert seconds(method, model=model) == 150
+        assert seconds(method, model=model) == 200
     assert seconds("learns", model="n") == seconds("learns too") == 450
 
 
