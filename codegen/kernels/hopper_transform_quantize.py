@@ -107,18 +107,19 @@ def log2(power):
 def magnitude_in_threads(even, odd, num_warps: gl.constexpr):
     """The largest magnitude that each thread has in ``layout_of_pairs``, as bits: a NaN's are larger than all numbers'.
 
-    Bits because threads compare integers in one instruction. In a tree: one after the other they would wait.
+    Bits because there is an instruction for the largest of three integers, and one for those of a warp. In a tree: one
+    after the other they would wait.
     """
     ROWS: gl.constexpr = even.shape[0]
     PAIRS: gl.constexpr = even.shape[1]
-    tile = gl.reshape(larger_magnitude(even, odd), (ROWS // 16, 2, 8, 4, PAIRS // 4))
+    tile = larger_magnitude(even, odd).to(gl.int32, bitcast=True)
+    tile = gl.reshape(tile, (ROWS // 16, 2, 8, 4, PAIRS // 4))
     tile = gl.reshape(gl.permute(tile, (0, 2, 3, 1, 4)), (2 * ROWS, PAIRS // 2))
     for _ in gl.static_range(log2(PAIRS // 2)):
         one, other = gl.split(gl.reshape(tile, (2 * ROWS, tile.shape[1] // 2, 2)))
-        tile = larger_magnitude(one, other)
+        tile = gl.maximum(one, other)
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
-    of_thread = gl.reshape(tile, (2 * ROWS,)).to(gl.int32, bitcast=True)
-    return gl.convert_layout(of_thread, layout, assert_trivial=True)
+    return gl.convert_layout(gl.reshape(tile, (2 * ROWS,)), layout, assert_trivial=True)
 
 
 @gluon.jit
