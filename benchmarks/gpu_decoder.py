@@ -105,10 +105,10 @@ class DecoderLayer(nn.Module):
         self.gate = nn.Linear(shape.hidden, shape.mlp, bias=False)
         self.up = nn.Linear(shape.hidden, shape.mlp, bias=False)
         self.down = nn.Linear(shape.mlp, shape.hidden, bias=False)
-        # [2, B, H, length, D]: keys and values; empty for a pass over whole sequences.
-        self.register_buffer(
-            "cache", torch.randn(2, batch, shape.kv_heads, length, d), persistent=False
-        )
+        # [B, H, length, D]; empty for a pass over whole sequences.
+        for name in ("keys", "values"):
+            cached = torch.randn(batch, shape.kv_heads, length, d)
+            self.register_buffer(name, cached, persistent=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         shape = self.shape
@@ -122,11 +122,11 @@ class DecoderLayer(nn.Module):
             )
         )
         q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
-        length = self.cache.shape[-2]
+        length = self.keys.shape[2]
         if length:
-            self.cache[0, :, :, length - k.shape[-2] :] = k
-            self.cache[1, :, :, length - k.shape[-2] :] = v
-            k, v = self.cache[0], self.cache[1]
+            # In place, as transformers' static cache does; a slice that is assigned to would be a copy of the whole.
+            places = torch.arange(length - k.shape[2], length, device=k.device)
+            k, v = self.keys.index_copy_(2, places, k), self.values.index_copy_(2, places, v)
         mixed = F.scaled_dot_product_attention(
             q, k, v, is_causal=shape.causal and not length, enable_gqa=shape.heads != shape.kv_heads
         )

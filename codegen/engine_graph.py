@@ -9,7 +9,8 @@ Codes in engine order live only between the two. Codes that come from elsewhere 
 makes out of plain ops but on Hopper) are reordered in front of the product.
 
 On Hopper a branch's transform is one that leaves its values in bf16, and ``engine_branch_quantize`` of them.
-``fuse_linear`` makes one ``engine_linear`` there of a product with its scales, its branch and its bias table.
+``fuse_linear`` makes one ``engine_linear`` there of a product with its scales, its branch and its bias table, and one
+``engine_linears`` of those that read the same codes.
 Elsewhere, and where something else is among them, they stay pointwise ops that Inductor makes the epilogue of the
 product's template.
 
@@ -29,7 +30,7 @@ from torch.fx import Graph, Node
 from .branch_nodes import in_fp32
 from .engine_ops import has_kernels, takes_branch, takes_codes
 from .fold_prologue import fold_activations, fold_norms
-from .fuse_linear import fuse_linear
+from .fuse_linear import fuse_linear, join_linears
 from .graph_nodes import add_call
 from .tune_linear import tune_linears
 
@@ -67,6 +68,7 @@ def use_engine_ops(graph: Graph, *, tune: bool = False) -> None:
     fold_norms(graph)
     if tune:
         tune_linears(graph)
+    join_linears(graph)
     graph.lint()
 
 

@@ -12,6 +12,7 @@ each (``kernels/int_mm``)::
 * ``freeact::engine_branch_product``       a Linear's part of it, where ``engine_linear`` does not take it (Hopper)
 * ``freeact::engine_int_mm``               one kernel per Linear; a template that Inductor fuses the epilogue into
 * ``freeact::engine_linear``               one kernel per Linear that brings its epilogue along (Hopper)
+* ``freeact::engine_linears``              the same for Linears of one input, whose kernels run side by side
 
 The dtype of the codes chooses the engine: int8 tensor cores for int8, fp8 tensor cores for e4m3.
 
@@ -366,25 +367,23 @@ def engine_linear(
     Returns [..., N] of ``dtype``. The kernel is for shapes that ``takes_linear`` and Hopper.
     """
     if has_kernels(codes.device):
-        from .kernels.hopper_int_mm import hopper_linear
-
-        out = hopper_linear(
-            codes.reshape(-1, codes.shape[-1]).contiguous(),
-            scale.reshape(-1).contiguous(),
-            weight.contiguous(),
-            weight_scale.contiguous(),
-            None if bias_table is None else bias_table.contiguous(),
-            None if token_type is None else token_type.reshape(-1).contiguous(),
+        bias_tables = [] if bias_table is None else [bias_table]
+        branch_weights = [] if branch_weight is None else [branch_weight]
+        (out,) = engine_linears(
+            codes,
+            scale,
+            [weight],
+            [weight_scale],
+            bias_tables,
+            token_type,
             slice_sizes,
             slice_of_type,
             default_type,
             dtype,
-            coefficients=None
-            if coefficients is None
-            else coefficients.reshape(-1, coefficients.shape[-1]).contiguous(),
-            branch_weight=None if branch_weight is None else branch_weight.contiguous(),
+            coefficients,
+            branch_weights,
         )
-        return out.view(*codes.shape[:-1], weight.shape[0])
+        return out
     product = engine_int_mm(codes, weight)
     if coefficients is not None and branch_weight is not None:
         in_units = coefficients[..., : branch_weight.shape[0]]
@@ -403,6 +402,71 @@ def engine_linear(
         default_type,
         dtype,
     )
+
+
+@engine_op
+def engine_linears(
+    codes: Tensor,
+    scale: Tensor,
+    weights: Sequence[Tensor],
+    weight_scales: Sequence[Tensor],
+    bias_tables: Sequence[Tensor],
+    token_type: Tensor | None,
+    slice_sizes: Sequence[int],
+    slice_of_type: Sequence[int],
+    default_type: int,
+    dtype: torch.dtype,
+    coefficients: Tensor | None,
+    branch_weights: Sequence[Tensor],
+) -> list[Tensor]:
+    """``engine_linear`` of several weights; all have bias tables or a branch, or none has, and the list is empty."""
+    rows = zip(
+        weights, weight_scales, *_lists(len(weights), bias_tables, branch_weights), strict=True
+    )
+    if not has_kernels(codes.device):
+        return [
+            engine_linear(
+                codes,
+                scale,
+                weight,
+                weight_scale,
+                bias_table,
+                token_type,
+                slice_sizes,
+                slice_of_type,
+                default_type,
+                dtype,
+                coefficients,
+                branch_weight,
+            )
+            for weight, weight_scale, bias_table, branch_weight in rows
+        ]
+    from .kernels.hopper_int_mm import hopper_linears
+
+    outputs = hopper_linears(
+        codes.reshape(-1, codes.shape[-1]).contiguous(),
+        scale.reshape(-1).contiguous(),
+        [tuple(None if t is None else t.contiguous() for t in row) for row in rows],  # type: ignore[misc]
+        None if token_type is None else token_type.reshape(-1).contiguous(),
+        slice_sizes,
+        slice_of_type,
+        default_type,
+        dtype,
+        coefficients=None
+        if coefficients is None
+        else coefficients.reshape(-1, coefficients.shape[-1]).contiguous(),
+    )
+    return [out.view(*codes.shape[:-1], out.shape[-1]) for out in outputs]
+
+
+def _lists(number: int, *lists: Sequence[Tensor]) -> list[Sequence[Tensor | None]]:
+    """Lists that may be empty, filled up with None."""
+    return [found or [None] * number for found in lists]
+
+
+@engine_fake(engine_linears)
+def _(codes, scale, weights, scales, biases, types, sizes, slices, default, dtype, *branch):  # type: ignore[no-untyped-def]
+    return [codes.new_empty((*codes.shape[:-1], w.shape[0]), dtype=dtype) for w in weights]
 
 
 @engine_fake(engine_linear)

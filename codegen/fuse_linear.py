@@ -5,6 +5,8 @@
     before   engine_int_mm ── * scale ── * weight_scale[slice] ── + engine_branch_product ── + bias_table[type] ── cast
     after    engine_linear
 
+``join_linears`` makes one ``engine_linears`` of those with the same codes: q, k and v, gate and up.
+
 A Linear with anything else among them stays as it was. Which columns of the codes are a slice is read off the transform
 that they come from.
 """
@@ -20,6 +22,7 @@ from torch.fx import Graph, Node
 
 from .branch_nodes import branch_of_linear, coefficients_of_linear
 from .engine_ops import ONE_IN_SUMS, takes_linear
+from .graph_nodes import add_call
 from .tiles import MOST_TYPES
 
 aten, freeact = torch.ops.aten, torch.ops.freeact
@@ -69,6 +72,47 @@ def fuse_linear(graph: Graph, product: Node, output: Node) -> bool:
     fused.meta["val"] = output.meta["val"]
     output.replace_all_uses_with(fused)
     return True
+
+
+def join_linears(graph: Graph) -> None:
+    """One op for Linears of the same codes, whose kernels may then run side by side."""
+    place = {node: number for number, node in enumerate(graph.nodes)}
+    groups: dict[Any, list[Node]] = {}
+    for node in graph.nodes:
+        if node.target is not freeact.engine_linear.default:
+            continue
+        codes, scale, _, _, bias, types, sizes, slices, default, dtype, *branch = node.args
+        shared = (codes, scale, bias is None, types, tuple(sizes), tuple(slices), default, dtype)
+        groups.setdefault((*shared, *branch[:1]), []).append(node)
+    for linears in groups.values():
+        late = [n for n in _inputs_of(linears) if place[n] > place[linears[0]]]
+        if len(linears) == 1 or any(n.op != "get_attr" for n in late):
+            continue
+        for constant in late:
+            linears[0].prepend(constant)
+        codes, scale, _, _, bias, *static = linears[0].args
+        static, coefficients = static[:5], (*static[5:6], None)[0]
+        weights, weight_scales, bias_tables = (
+            [linear.args[i] for linear in linears] for i in (2, 3, 4)
+        )
+        branch_weights = [linear.args[11] for linear in linears if len(linear.args) > 11]
+        with graph.inserting_before(linears[0]):
+            joined = add_call(
+                graph,
+                freeact.engine_linears.default,
+                *(codes, scale, weights, weight_scales, [] if bias is None else bias_tables),
+                *(*static, coefficients, branch_weights),
+            )
+            outputs = [
+                add_call(graph, operator.getitem, joined, number) for number in range(len(linears))
+            ]
+        for linear, output in zip(linears, outputs, strict=True):
+            linear.replace_all_uses_with(output)
+            graph.erase_node(linear)
+
+
+def _inputs_of(nodes: Sequence[Node]) -> set[Node]:
+    return {n for node in nodes for n in node.all_input_nodes}
 
 
 def _is_branch(node: Any) -> bool:

@@ -280,7 +280,7 @@ class HopperTransformTile:
         few tokens: the product before may still run, and the one after begin."""
         return replace(
             self,
-            registers=min(self.registers, 1280 // self.num_warps),
+            registers=min(self.registers, 1088 // self.num_warps),
             scale_in_shared=self.columns[1] > 0,
             ahead=False,
         )

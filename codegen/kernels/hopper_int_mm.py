@@ -13,6 +13,10 @@ the last one adds what the others left, and does the epilogue. Weights are on th
 all of a program's tiles into the L2 cache. Tiles of few tokens take less than half of a multiprocessor, so that the
 transform after them and the next Linear's weights need not wait for their end.
 
+Linears of one input (q, k, v) run side by side. The first one (LEADS) lets the next start when it need not wait any
+more, so that those that follow (FOLLOWS) find all that they read; they wait for the one before at their end, so that
+what comes after the last of them comes after all.
+
 e4m3 codes differ in unpacking and in the accumulator. With PROMOTED the sum of a step is added to the rest in fp32, as
 in ``int_mm``; registers hold both, so tiles are smaller. Without, all is left to the tensor core.
 
@@ -57,14 +61,24 @@ _store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shar
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 _OLD_NAME = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))
 
-_INSTRUCTION_TOKENS = gl.constexpr(128)  # int8 wgmma is refused at 256
-
 
 @gluon.constexpr_function
 def product_layout(tokens, columns=32):
     return gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, tokens, columns]
     )
+
+
+@gluon.constexpr_function
+def tokens_at_once(block_m):
+    """Of an instruction; int8 wgmma is refused at 256."""
+    return min(block_m, 128)
+
+
+@gluon.constexpr_function
+def left_layout(block_m):
+    parent = product_layout(tokens_at_once(block_m))
+    return gl.DotOperandLayout(operand_index=0, parent=parent, k_width=4)
 
 
 @gluon.constexpr_function
@@ -222,6 +236,8 @@ def copy_tiles(
     GROUPS: gl.constexpr,
     GROUP_M: gl.constexpr,
     SPLIT_K: gl.constexpr,
+    LEADS: gl.constexpr,
+    FOLLOWS: gl.constexpr,
     RANK: gl.constexpr,
 ):
     """The copying warp: packed weights, even codes and odd codes of each step, for each tile of this program."""
@@ -248,17 +264,10 @@ def copy_tiles(
                     full.index(stage),
                     weight_ring.index(GROUPS * stage + group),
                 )
-        num_items = num_m * num_n * SPLIT_K
-        if BLOCK_M <= 64 or num_items <= gl.num_programs(0):
-            lanes: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-            for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-                tile_m, tile_n = tile_of(item // SPLIT_K, num_m, num_n, GROUP_M)
-                first, last = part_of(0, num_even, item % SPLIT_K, BLOCK_K, SPLIT_K)
-                for group in gl.static_range(GROUPS):
-                    rows = (tile_n * GROUPS + group) * ROWS + gl.arange(0, ROWS, lanes)
-                    start = gl.minimum(rows, N - 1).to(gl.int64) * row_bytes + first
-                    fetch(weight_ptr + start, last - first)
-    wait_for_previous_kernel()
+    if not FOLLOWS:
+        wait_for_previous_kernel()
+    if LEADS:
+        allow_next_kernel()
     step = 0
     for item in range(gl.program_id(0), num_m * num_n * SPLIT_K, gl.num_programs(0)):
         tile_m, tile_n = tile_of(item // SPLIT_K, num_m, num_n, GROUP_M)
@@ -300,6 +309,8 @@ def copy_tiles(
             target = for_copy(codes_ring.index(2 * stage), coefficients)
             _load(coefficients, [tile_m * BLOCK_M, column], arrived, target)
             step += 1
+    if FOLLOWS:
+        wait_for_previous_kernel()
 
 
 @gluon.jit
@@ -459,6 +470,31 @@ def plus_branch(
 
 
 @gluon.jit
+def begin_step(
+    total,
+    step,
+    codes_ring,
+    weight_ring,
+    GROUPS: gl.constexpr,
+    GROUP: gl.constexpr,
+    ADDS: gl.constexpr,
+):
+    """The products of a step that has arrived, which the tensor cores are at; with the sums before, if it ADDS."""
+    STAGES: gl.constexpr = weight_ring.shape[0] // GROUPS
+    left: gl.constexpr = left_layout(codes_ring.shape[1])
+    stage = step % STAGES
+    packed = weight_ring.index(GROUPS * stage + GROUP).load(left)
+    if codes_ring.dtype == gl.float8e4nv:
+        even, odd = unpack_e4m3(packed)
+    else:
+        even, odd = unpack_codes(packed)
+    even_codes = codes_ring.index(2 * stage).permute((1, 0))
+    odd_codes = codes_ring.index(2 * stage + 1).permute((1, 0))
+    total = warpgroup_mma(even, even_codes, total, use_acc=ADDS, is_async=True)
+    return warpgroup_mma(odd, odd_codes, total, is_async=True)
+
+
+@gluon.jit
 def multiply_tiles(
     out,
     coefficients,
@@ -487,6 +523,7 @@ def multiply_tiles(
     GROUPS: gl.constexpr,
     GROUP_M: gl.constexpr,
     SPLIT_K: gl.constexpr,
+    FOLLOWS: gl.constexpr,
     PROMOTED: gl.constexpr,
     RANK: gl.constexpr,
     GROUP: gl.constexpr,
@@ -496,9 +533,8 @@ def multiply_tiles(
     ROWS: gl.constexpr = weight_ring.shape[1]
     BLOCK_K: gl.constexpr = weight_ring.shape[2]
     BLOCK_M: gl.constexpr = codes_ring.shape[1]
-    TOKENS: gl.constexpr = BLOCK_M if BLOCK_M < _INSTRUCTION_TOKENS else _INSTRUCTION_TOKENS
+    TOKENS: gl.constexpr = tokens_at_once(BLOCK_M)
     layout: gl.constexpr = product_layout(TOKENS)
-    left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout, k_width=4)
     E4M3: gl.constexpr = codes_ring.dtype == gl.float8e4nv
     BRANCH_STEPS: gl.constexpr = (2 * RANK + BLOCK_K - 1) // BLOCK_K
     NUM_SLICES: gl.constexpr = len(SLICE_STARTS)
@@ -506,7 +542,8 @@ def multiply_tiles(
     PART: gl.constexpr = BLOCK_M if BLOCK_M < 32 else 32
     lanes: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     scales, types = scale_tiles.index(GROUP), type_tiles.index(GROUP)
-    wait_for_previous_kernel()
+    if not FOLLOWS:
+        wait_for_previous_kernel()
     step = 0
     for item in range(gl.program_id(0), num_m * num_n * SPLIT_K, gl.num_programs(0)):
         tile_m, tile_n = tile_of(item // SPLIT_K, num_m, num_n, GROUP_M)
@@ -535,28 +572,33 @@ def multiply_tiles(
                 weight_scale_ptr, bias_ptr, n, N, DEFAULT_TYPE, SLICE_OF_TYPE, NUM_SLICES, TYPED
             )
         total = gl.zeros((ROWS, BLOCK_M), gl.float32 if E4M3 else gl.int32, layout)
-        for _byte in range(first, last, BLOCK_K):
-            stage = step % STAGES
-            mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-            packed = weight_ring.index(GROUPS * stage + GROUP).load(left)
-            even_codes = codes_ring.index(2 * stage).permute((1, 0))
-            odd_codes = codes_ring.index(2 * stage + 1).permute((1, 0))
-            if E4M3:
-                even, odd = unpack_e4m3(packed)
-            else:
-                even, odd = unpack_codes(packed)
-            # Waited for here and not a step later: tensor cores that read registers across the end of the loop's body
-            # make the assembler wait after each of their instructions (C7512). The other groups multiply meanwhile.
+        # Waited for in the body that they began in: tensor cores that read registers across the end of a loop's body
+        # make the assembler wait after each of their instructions (C7512). The other groups multiply meanwhile; where
+        # there are too few products for that, a body has two steps.
+        rest = first
+        if BLOCK_M <= 32 and not PROMOTED:
+            rest = first + (last - first) // (2 * BLOCK_K) * (2 * BLOCK_K)
+            for _byte in range(first, rest, 2 * BLOCK_K):
+                # Both before the products: a branch between them makes the assembler wait, too.
+                for ahead in gl.static_range(2):
+                    arrived = full.index((step + ahead) % STAGES)
+                    mbarrier.wait(arrived, ((step + ahead) // STAGES) & 1)
+                total = begin_step(total, step, codes_ring, weight_ring, GROUPS, GROUP, True)
+                total = begin_step(total, step + 1, codes_ring, weight_ring, GROUPS, GROUP, True)
+                total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
+                mbarrier.arrive(empty.index(step % STAGES))
+                mbarrier.arrive(empty.index((step + 1) % STAGES))
+                step += 2
+        for _byte in range(rest, last, BLOCK_K):
+            mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
             if PROMOTED:
                 of_step = gl.zeros((ROWS, BLOCK_M), gl.float32, layout)
-                of_step = warpgroup_mma(even, even_codes, of_step, use_acc=False, is_async=True)
-                of_step = warpgroup_mma(odd, odd_codes, of_step, is_async=True)
+                of_step = begin_step(of_step, step, codes_ring, weight_ring, GROUPS, GROUP, False)
                 total += warpgroup_mma_wait(num_outstanding=0, deps=(of_step,))
             else:
-                total = warpgroup_mma(even, even_codes, total, is_async=True)
-                total = warpgroup_mma(odd, odd_codes, total, is_async=True)
+                total = begin_step(total, step, codes_ring, weight_ring, GROUPS, GROUP, True)
                 total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
-            mbarrier.arrive(empty.index(stage))
+            mbarrier.arrive(empty.index(step % STAGES))
             step += 1
         if PROMOTED:  # whose registers are full during them
             weight_scales, biases = rows_of_outputs(
@@ -638,12 +680,15 @@ def hopper_linear_kernel(
     GROUPS: gl.constexpr,
     GROUP_M: gl.constexpr,
     SPLIT_K: gl.constexpr,
+    LEADS: gl.constexpr,  # Linears of the same input follow
+    FOLLOWS: gl.constexpr,  # the kernel before is one
     GROUP_REGISTERS: gl.constexpr,
     PROMOTED: gl.constexpr,
     RANK: gl.constexpr,  # columns of the branch; 0: none
     num_warps: gl.constexpr,
 ):
-    allow_next_kernel()
+    if not LEADS:
+        allow_next_kernel()
     codes_ring = gl.allocate_shared_memory(
         codes.dtype, [2 * STAGES, BLOCK_M, BLOCK_K], codes.layout
     )
@@ -668,18 +713,18 @@ def hopper_linear_kernel(
                 out, coefficients, branch, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
                 partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
                 full, empty, M, N, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
-                GROUPS, GROUP_M, SPLIT_K, PROMOTED, RANK, 0,
+                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, RANK, 0,
             )),
             (multiply_tiles, (
                 out, coefficients, branch, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
                 partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
                 full, empty, M, N, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
-                GROUPS, GROUP_M, SPLIT_K, PROMOTED, RANK, 1,
+                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, RANK, 1,
             )),
             (copy_tiles, (
                 codes, weight, coefficients, branch, type_ptr, codes_ring, weight_ring, full, empty,
                 weight_ptr, M, N, row_bytes, num_m, num_n, num_even,
-                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, RANK,
+                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, LEADS, FOLLOWS, RANK,
             )),
         ], [4, 1], [GROUP_REGISTERS, 24])
     else:
@@ -689,24 +734,24 @@ def hopper_linear_kernel(
                 out, coefficients, branch, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
                 partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
                 full, empty, M, N, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
-                GROUPS, GROUP_M, SPLIT_K, PROMOTED, RANK, 0,
+                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, RANK, 0,
             )),
             (multiply_tiles, (
                 out, coefficients, branch, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
                 partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
                 full, empty, M, N, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
-                GROUPS, GROUP_M, SPLIT_K, PROMOTED, RANK, 1,
+                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, RANK, 1,
             )),
             (multiply_tiles, (
                 out, coefficients, branch, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
                 partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
                 full, empty, M, N, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
-                GROUPS, GROUP_M, SPLIT_K, PROMOTED, RANK, 2,
+                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, RANK, 2,
             )),
             (copy_tiles, (
                 codes, weight, coefficients, branch, type_ptr, codes_ring, weight_ring, full, empty,
                 weight_ptr, M, N, row_bytes, num_m, num_n, num_even,
-                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, RANK,
+                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, LEADS, FOLLOWS, RANK,
             )),
         ], [4, 4, 1], [GROUP_REGISTERS, GROUP_REGISTERS, 24])
     # fmt: on
@@ -714,8 +759,10 @@ def hopper_linear_kernel(
 
 def registers(tile: TileConfig) -> dict[str, int]:
     """Registers of a thread: of all groups and four warps for copying on average, and in a group but the first."""
-    if tile.block_m <= 32:
-        average, group = 64, 80
+    if tile.block_m <= 16:
+        average, group = 80, 104
+    elif tile.block_m <= 32:
+        average, group = 88, 112
     elif tile.block_m <= 64:
         average, group = 80, 104
     else:
@@ -773,58 +820,107 @@ def hopper_linear(
 
     Returns [M, N] of ``dtype``.
     """
-    (num_tokens, num_codes), num_outputs = codes.shape, weight.shape[0]
-    out = torch.empty(num_tokens, num_outputs, dtype=dtype, device=codes.device)
-    if out.numel() == 0:
-        return out
+    (out,) = hopper_linears(
+        codes,
+        scale,
+        [(weight, weight_scale, bias_table, branch_weight)],
+        token_type,
+        slice_sizes,
+        slice_of_type,
+        default_type,
+        dtype,
+        tile,
+        promoted,
+        coefficients,
+    )
+    return out
+
+
+def hopper_linears(
+    codes: Tensor,
+    scale: Tensor,
+    linears: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None]],
+    token_type: Tensor | None,
+    slice_sizes: Sequence[int],
+    slice_of_type: Sequence[int],
+    default_type: int,
+    dtype: torch.dtype,
+    tile: TileConfig | None = None,
+    promoted: bool | None = None,
+    coefficients: Tensor | None = None,
+) -> list[Tensor]:
+    """Linears of one input side by side; ``hopper_linear`` says what is what.
+
+    linears  weight, weight_scale, bias_table and branch_weight of each
+
+    Returns [M, N] of ``dtype`` for each, N its number of outputs.
+    """
+    num_tokens, num_codes = codes.shape
     num_multiprocessors = _num_multiprocessors(codes.device)
     if promoted is None:
         promoted = PROMOTED and codes.dtype != torch.int8
-    if tile is None:
-        tile = known_tile(
+    outputs = [
+        torch.empty(num_tokens, weight.shape[0], dtype=dtype, device=codes.device)
+        for weight, *_ in linears
+    ]
+    if num_tokens == 0:
+        return outputs
+    static = (default_type, tuple(slice_of_type), tuple(slice_sizes))
+    # Sums of parts, and counters, are not to be shared by kernels that run at a time.
+    partials, used = [], 0
+    for number, (linear, out) in enumerate(zip(linears, outputs, strict=True)):
+        weight, weight_scale, bias_table, branch_weight = linear
+        num_outputs = weight.shape[0]
+        chosen = tile or known_tile(
             problem_of(num_tokens, num_outputs, slice_sizes, codes.dtype), gpu_name(codes.device)
         )
-    tile = tile or choose_hopper_tile(
-        num_tokens, num_outputs, num_codes, num_multiprocessors, promoted=promoted
-    )
-    of_codes, of_weight, of_out, of_coefficients, of_branch = layouts(tile, dtype, codes.dtype)
-    rank, branch = 0, (None, None)
-    if coefficients is not None and branch_weight is not None:
-        rank, columns = coefficients.shape[1], tile.block_k // 2
-        branch = (
-            TensorDescriptor.from_tensor(coefficients, [tile.block_m, columns], of_coefficients),
-            TensorDescriptor.from_tensor(branch_weight, [columns, tile.rows], of_branch),
+        chosen = chosen or choose_hopper_tile(
+            num_tokens, num_outputs, num_codes, num_multiprocessors, promoted=promoted
         )
-    weight = weight.view(torch.int8)
-    tiles = -(-num_tokens // tile.block_m) * -(-num_outputs // tile.block_n)
-    partial = counter = None
-    if tile.split_k > 1:
-        size = tiles * tile.split_k * tile.block_m * tile.block_n
-        partial = torch.empty(size, dtype=partial_dtype(codes.dtype), device=codes.device)
-        counter = counters(codes.device, tile.groups * tiles)
-    num_programs = min(tiles * tile.split_k, num_multiprocessors * tile.programs)
-    static = (default_type, tuple(slice_of_type), tuple(slice_sizes), rank)
-    launch = _launch_of(tile, promoted, *static)
-    launch(
-        codes.device,
-        num_programs,
-        TensorDescriptor.from_tensor(codes, [tile.block_m, tile.block_k], of_codes),
-        TensorDescriptor.from_tensor(weight, [tile.rows, tile.block_k], of_weight),
-        TensorDescriptor.from_tensor(out, [tile.block_m, tile.rows], of_out),
-        *branch,
-        weight,
-        scale,
-        weight_scale,
-        bias_table,
-        token_type,
-        partial,
-        counter,
-        num_tokens,
-        num_outputs,
-        num_codes // 2,
-        weight.shape[1],
-    )
-    return out
+        of_codes, of_weight, of_out, of_coefficients, of_branch = layouts(
+            chosen, dtype, codes.dtype
+        )
+        rank, branch = 0, (None, None)
+        if coefficients is not None and branch_weight is not None:
+            rank, columns = coefficients.shape[1], chosen.block_k // 2
+            branch = (
+                TensorDescriptor.from_tensor(
+                    coefficients, [chosen.block_m, columns], of_coefficients
+                ),
+                TensorDescriptor.from_tensor(branch_weight, [columns, chosen.rows], of_branch),
+            )
+        weight = weight.view(torch.int8)
+        tiles = -(-num_tokens // chosen.block_m) * -(-num_outputs // chosen.block_n)
+        partial = counter = None
+        if chosen.split_k > 1:
+            size = tiles * chosen.split_k * chosen.block_m * chosen.block_n
+            partial = torch.empty(size, dtype=partial_dtype(codes.dtype), device=codes.device)
+            partials.append(partial)
+            counter = counters(codes.device, chosen.groups * tiles, used)
+            used += chosen.groups * tiles
+        launch = _launch_of(
+            chosen, promoted, *static, rank, number == 0 and len(linears) > 1, number > 0
+        )
+        launch(
+            codes.device,
+            min(tiles * chosen.split_k, num_multiprocessors * chosen.programs),
+            TensorDescriptor.from_tensor(codes, [chosen.block_m, chosen.block_k], of_codes),
+            TensorDescriptor.from_tensor(weight, [chosen.rows, chosen.block_k], of_weight),
+            TensorDescriptor.from_tensor(out, [chosen.block_m, chosen.rows], of_out),
+            *branch,
+            weight,
+            scale,
+            weight_scale,
+            bias_table,
+            token_type,
+            partial,
+            counter,
+            num_tokens,
+            num_outputs,
+            num_codes // 2,
+            weight.shape[1],
+        )
+    return outputs
 
 
 @functools.cache
@@ -835,6 +931,8 @@ def _launch_of(
     slice_of_type: tuple[int, ...],
     slice_sizes: tuple[int, ...],
     rank: int,
+    leads: bool,
+    follows: bool,
 ) -> Launch:
     return Launch(
         hopper_linear_kernel,
@@ -848,6 +946,8 @@ def _launch_of(
         GROUPS=tile.groups,
         GROUP_M=tile.group_m,
         SPLIT_K=tile.split_k,
+        LEADS=leads,
+        FOLLOWS=follows,
         PROMOTED=promoted,
         RANK=rank,
         num_warps=tile.num_warps,

@@ -143,6 +143,22 @@ def test_one_kernel_per_linear_with_its_epilogue(emitted: Emissions) -> None:
 
 
 @pytest.mark.inductor
+def test_linears_of_one_input_in_one_call_on_hopper(
+    emitted: Emissions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (engine_ops, lowering):
+        monkeypatch.setattr(module, "is_hopper", lambda device: True)
+    compile_layer(512)
+    (caller,) = emitted.callers
+    calls = Counter(re.findall(r"torch\.ops\.freeact\.(engine_linears?)\.default\(", caller))
+    assert calls == {"engine_linear": 2, "engine_linears": 2}
+    assert emitted.calls("tem") == 0
+    # The types of the tokens, the embedding, and the sums in place of attention and at the end.
+    others = sum(emitted.calls(kind) for kind in ("poi", "red", "per"))
+    assert others <= 4
+
+
+@pytest.mark.inductor
 def test_few_tokens_share_k_and_the_sum_is_in_the_epilogue(emitted: Emissions) -> None:
     compile_layer(4)
     assert emitted.calls("tem") == 7

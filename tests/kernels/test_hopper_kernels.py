@@ -53,7 +53,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(module, "Launch", InterpretedLaunch)
         module._launch_of.cache_clear()
     monkeypatch.setattr(hopper_int_mm, "_num_multiprocessors", lambda device: 3)
-    monkeypatch.setattr(hopper_int_mm, "counters", lambda device, number: counter)
+    monkeypatch.setattr(hopper_int_mm, "counters", lambda device, number, first: counter[first:])
     monkeypatch.setattr(hopper_transform_quantize, "_num_programs", lambda device, tile: 3)
     yield
     for module in modules:
@@ -112,6 +112,22 @@ def test_linear(tile: TileConfig, dtype: torch.dtype, order: str, rank: int) -> 
     want = want + rows + of_branch
     bound = 2**-24 * fp32_steps + want.abs() * 2**-8 + 1e-7
     assert bool(((got.double() - want).abs() <= bound).all())
+    assert int(counter.abs().max()) == 0
+
+
+def test_linears_of_one_input() -> None:
+    codes = to_engine_order(random_codes(20, 512, largest=7))
+    scale, types = torch.rand(20), torch.randint(0, 2, (20,))
+    static = (types, [512], [0, 0], 0, torch.bfloat16)
+    tile = next(t for t, _ in hopper_tiles(512) if t.block_m == 16 and t.split_k == 2)
+    linears = [
+        (pack_int4(random_codes(n, 512, largest=7)), torch.rand(1, n), torch.randn(2, n), None)
+        for n in (128, 304, 64)
+    ]
+    got = hopper_int_mm.hopper_linears(codes, scale, linears, *static, tile)
+    for out, (weight, *tables, _) in zip(got, linears, strict=True):
+        want = hopper_int_mm.hopper_linear(codes, scale, weight, *tables, *static, tile)
+        assert torch.equal(out, want)
     assert int(counter.abs().max()) == 0
 
 

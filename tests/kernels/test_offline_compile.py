@@ -214,6 +214,8 @@ def test_hopper_linear(
         "GROUPS": tile.groups,
         "GROUP_M": tile.group_m,
         "SPLIT_K": tile.split_k,
+        "LEADS": num_slices > 1,
+        "FOLLOWS": not typed,
         "GROUP_REGISTERS": registers(tile)["GROUP_REGISTERS"],
         "PROMOTED": is_e4m3,
         "RANK": rank,
@@ -389,10 +391,9 @@ def test_hopper_transform(
         maxnreg=tile.registers,
     )
     assert re.search(BF16_ON_HOPPER, compiled.ptx)
-    fetches = many and "other_ptr" in PROLOGUES[prologue]
-    assert ("prefetch.global.L2" in compiled.ptx) == fetches
+    assert "prefetch.global.L2" in compiled.ptx
     # Addresses, mostly: read again rather than computed. For one token that is nothing.
-    most = 400 if sum(tile.columns) > 128 or prologue == "layer" else 200
-    assert compiled.local_bytes <= (most if many else 800)
+    most = 420 if sum(tile.columns) > 128 or prologue == "layer" else 200
+    assert compiled.local_bytes <= (most if many else 900)
     assert compiled.registers * 32 * tile.num_warps * tile.per_multiprocessor <= 65536
     assert (compiled.shared_bytes + 1024) * tile.per_multiprocessor <= 228 * 1024

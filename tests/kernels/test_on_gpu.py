@@ -287,6 +287,53 @@ def test_hopper_linear_again_and_again(num_tokens: int) -> None:
         assert torch.equal(engine_ops.engine_linear(*args), first)
 
 
+@needs_hopper
+@pytest.mark.parametrize("num_tokens", [1, 16, 40, 256, 1000])
+def test_linears_side_by_side(num_tokens: int) -> None:
+    """They begin before the Linear ahead is done, and what follows must not begin before all are."""
+    x = torch.randn(num_tokens, 4096, device=GPU).bfloat16()
+    t = random_transform("shift", 4096, NUM_TYPES, seed=1).to(GPU)
+    types = torch.randint(0, NUM_TYPES, (num_tokens,), device=GPU)
+    linears = [
+        [
+            pack_int4(random_codes(n, 4096, largest=7)).to(GPU),
+            torch.rand(1, n, device=GPU) / 4096,
+            torch.randn(NUM_TYPES + 1, n, device=GPU),
+        ]
+        for n in (4096, 512, 4096, 12288)
+    ]
+    static = (types, [4096], [0] * (NUM_TYPES + 1), 0, torch.bfloat16)
+
+    def transformed(x: Tensor) -> tuple[Tensor, Tensor]:
+        operands = (types, t.shift, t.channel_scale, t.left, t.right, t.clip)
+        return engine_ops.engine_transform_quantize(
+            x, *operands, list(t.widths), list(t.slice_of_type), 0, 7
+        )
+
+    def one_after_the_other() -> list[Tensor]:
+        codes, scale = transformed(x)
+        outputs = []
+        for linear in linears:
+            outputs.append(engine_ops.engine_linear(codes, scale, *linear, *static))
+            torch.cuda.synchronize()
+        return [*outputs, *transformed(outputs[0]), *transformed(outputs[2])]
+
+    def side_by_side() -> list[Tensor]:
+        columns: list[list[Tensor]] = [list(column) for column in zip(*linears, strict=True)]
+        outputs = engine_ops.engine_linears(*transformed(x), *columns, *static, None, [])
+        return [*outputs, *transformed(outputs[0]), *transformed(outputs[2])]
+
+    want = one_after_the_other()
+    for _ in range(30):
+        assert all(map(torch.equal, side_by_side(), want))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = side_by_side()
+    for _ in range(30):
+        graph.replay()
+        assert all(map(torch.equal, got, want))
+
+
 # ------------------------------------------------------------------ the fp8 engine
 
 E4M3 = torch.float8_e4m3fn
