@@ -13,7 +13,6 @@ import argparse
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
-from itertools import product
 
 import torch
 from gpu_layers import SLICED, TWO_TYPES, typed_transform
@@ -31,20 +30,13 @@ _PER_WARP = 8  # registers of a thread come in groups of
 
 
 def candidates(chosen: HopperTransformTile) -> Iterator[HopperTransformTile]:
-    """The chosen tile; one program more and one less, with the registers that they leave; each ahead or not, and with
-    the channels' scales in registers or in shared memory."""
+    """The chosen tile; one program more and one less, with the registers that they leave; each ahead or not."""
     yield chosen
     threads = 32 * chosen.num_warps
     for programs in range(max(1, chosen.per_multiprocessor - 1), chosen.per_multiprocessor + 2):
         registers = min(255, _REGISTERS // (programs * threads) // _PER_WARP * _PER_WARP)
-        for ahead, in_shared in product((False, True), repeat=2):
-            tile = replace(
-                chosen,
-                registers=registers,
-                per_multiprocessor=programs,
-                scale_in_shared=in_shared,
-                ahead=ahead,
-            )
+        for ahead in (False, True):
+            tile = replace(chosen, registers=registers, per_multiprocessor=programs, ahead=ahead)
             if tile != chosen:
                 yield tile
 
@@ -86,9 +78,7 @@ def measure(bench: Bench, num_tokens: int, features: str, before: str) -> None:
         wait([pool.submit(call, tokens[0], tile) for tile in candidates(chosen)])
     for tile in candidates(chosen):
         name = f"{tile.registers:3} registers x {tile.per_multiprocessor}"
-        name += " ahead" if tile.ahead else ""
-        name += " scale in shared" if tile.scale_in_shared else ""
-        name += " (chosen)" if tile == chosen else ""
+        name += (" ahead" if tile.ahead else "") + (" (chosen)" if tile == chosen else "")
         try:
             same = all(map(torch.equal, call(tokens[0], tile), first))
         except Exception as error:  # more shared memory than there is
@@ -102,7 +92,7 @@ def measure(bench: Bench, num_tokens: int, features: str, before: str) -> None:
     print(f"{features} ({d1} x {d2}), {before}, M = {num_tokens}: copy {floor_ms * 1000:.1f} us")
     for name, timing in sorted(timings.items(), key=lambda item: item[1].median_ms):
         ms = timing.median_ms / copies
-        print(f"  {name:44} {ms * 1000:7.1f} us  {floor_ms / ms:.2f}", flush=True)
+        print(f"  {name:32} {ms * 1000:7.1f} us  {floor_ms / ms:.2f}", flush=True)
 
 
 def main() -> None:

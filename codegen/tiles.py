@@ -261,7 +261,6 @@ class HopperTransformTile:
     rows_in             the same of the rows of X, which the first product sums over
     registers           of a thread, at most
     per_multiprocessor  programs that a multiprocessor gets
-    scale_in_shared     whether the channels' scales are in shared memory, rather than in registers
     ahead               whether a program prepares a token while it makes the codes of the one before
     """
 
@@ -271,19 +270,13 @@ class HopperTransformTile:
     num_warps: int
     registers: int
     per_multiprocessor: int
-    scale_in_shared: bool
     ahead: bool
 
     @property
     def of_one_token(self) -> HopperTransformTile:
         """For programs that have no next token to be ahead with. With it on a multiprocessor fits a product's tile of
         few tokens: the product before may still run, and the one after begin."""
-        return replace(
-            self,
-            registers=min(self.registers, 1088 // self.num_warps),
-            scale_in_shared=self.columns[1] > 0,
-            ahead=False,
-        )
+        return replace(self, ahead=False, registers=min(self.registers, 1280 // self.num_warps))
 
 
 @functools.cache
@@ -307,9 +300,7 @@ def hopper_transform_tile(
         return None
     if size <= 64 * 64:
         # So many programs hide each other's waiting that none has to work ahead.
-        # Several slices of factors and a norm's channel scales leave shared memory for four.
-        five = prologue == "none" or (prologue == "rms" and len(widths) == 1)
-        registers, programs = (96, 5) if five else (128, 4)
+        registers, programs = (96, 5) if prologue == "none" else (128, 4)
         ahead = False
     elif size <= 64 * 128:
         registers, programs = (168, 3) if size <= 64 * 96 else (255, 2)
@@ -319,11 +310,9 @@ def hopper_transform_tile(
     else:
         registers, programs, ahead = 255, 1, True
     num_slices, num_tokens = len(widths), 2 if ahead else 1
-    # Two pieces of columns leave no registers for the channels' scales, nor do 96 registers beside a norm's weight.
-    scale_in_shared = columns[1] > 0 or (registers == 96 and prologue == "rms")
     factors = num_slices * (sum(rows_in) * rows + sum(columns) ** 2)
     shared_bytes = 2 * (factors + num_tokens * sum(rows_in) * sum(columns))
-    if scale_in_shared:
+    if columns[1]:  # scales of channels
         shared_bytes += 2 * sum(rows_in) * sum(columns)
     if d2 % 16:  # codes
         shared_bytes += rows * sum(columns)
@@ -331,9 +320,7 @@ def hopper_transform_tile(
     programs = min(programs, (_SHARED_BYTES[90] + 1024) // (shared_bytes + 1024 + 128))
     if programs == 0:
         return None
-    return HopperTransformTile(
-        rows, columns, rows_in, rows // 16, registers, programs, scale_in_shared, ahead
-    )
+    return HopperTransformTile(rows, columns, rows_in, rows // 16, registers, programs, ahead)
 
 
 @dataclass(frozen=True)

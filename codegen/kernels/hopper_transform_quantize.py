@@ -715,7 +715,6 @@ def hopper_transform_quantize_kernel(
     COLUMNS_B: gl.constexpr,
     IN_A: gl.constexpr,
     IN_B: gl.constexpr,
-    SCALE_IN_SHARED: gl.constexpr,
     AHEAD: gl.constexpr,
     ONE_EACH: gl.constexpr,
     PROLOGUE: gl.constexpr,
@@ -736,6 +735,8 @@ def hopper_transform_quantize_kernel(
     FIRST_ROW_B: gl.constexpr = IN_A if IN_B > 0 else 0
     TURNS: gl.constexpr = 2 if AHEAD else 1
     gl.static_assert(not (AHEAD and ONE_EACH))
+    # Two pieces of columns leave no registers for the channels' scales.
+    SCALE_IN_SHARED: gl.constexpr = COLUMNS_B > 0
     allow_next_kernel()
     # What does not depend on the kernel before: both factors, for each slice. A norm's weight might.
     left_a = bf16_tiles(NUM_SLICES, IN_A, ROWS)
@@ -1043,7 +1044,6 @@ def _launch_of(
         COLUMNS_B=tile.columns[1],
         IN_A=tile.rows_in[0],
         IN_B=tile.rows_in[1],
-        SCALE_IN_SHARED=tile.scale_in_shared,
         AHEAD=tile.ahead,
         ONE_EACH=one_each,
         PROLOGUE=prologue,

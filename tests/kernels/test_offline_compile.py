@@ -382,7 +382,6 @@ def test_hopper_transform(
             "COLUMNS_B": tile.columns[1],
             "IN_A": tile.rows_in[0],
             "IN_B": tile.rows_in[1],
-            "SCALE_IN_SHARED": tile.scale_in_shared,
             "AHEAD": tile.ahead,
             "ONE_EACH": not many,
             "num_warps": tile.num_warps,
