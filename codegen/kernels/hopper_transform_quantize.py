@@ -240,11 +240,10 @@ def slice_of(token_type, SLICE_OF_TYPE: gl.constexpr, NUM_SLICES: gl.constexpr):
 @gluon.jit
 def fetch_row(row_ptr, K: gl.constexpr, num_warps: gl.constexpr):
     """Ask for the lines of a row [K]."""
+    SIZE: gl.constexpr = 2 ** log2(2 * K - 1)
     LINE: gl.constexpr = 1024 // row_ptr.dtype.element_ty.primitive_bitwidth
-    NUM_LINES: gl.constexpr = (K + LINE - 1) // LINE
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
-    line = gl.arange(0, 2 ** log2(2 * NUM_LINES - 1), layout)
-    place = gl.minimum(line * LINE, K - 1)
+    place = gl.minimum(gl.arange(0, SIZE // LINE, layout) * LINE, K - 1)
     gl.inline_asm_elementwise(
         "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
         "=r,l",
@@ -758,22 +757,6 @@ def hopper_transform_quantize_kernel(
             put_right(right_ba.index(s), right, COLUMNS, 0, D2, num_warps)
             put_right(right_ab.index(s), right, 0, COLUMNS, D2, num_warps)
             put_right(right_bb.index(s), right, COLUMNS, COLUMNS, D2, num_warps)
-    # Out of DRAM into the L2 cache, where what the kernel before still writes arrives, too.
-    first_token = gl.minimum(gl.program_id(0), M - 1).to(gl.int64)
-    fetch_row(x_ptr + first_token * x_stride, K, num_warps)
-    if other_ptr is not None:
-        fetch_row(other_ptr + first_token * other_stride, K, num_warps)
-    if type_ptr is not None:
-        fetch_row(type_ptr + first_token, 1, num_warps)
-    if shift_ptr is not None:
-        for t in gl.static_range(NUM_TYPES):
-            fetch_row(shift_ptr + t * K, K, num_warps)
-    if weight_ptr is not None:
-        fetch_row(weight_ptr, K, num_warps)
-    if bias_ptr is not None:
-        fetch_row(bias_ptr, K, num_warps)
-    if channel_scale_ptr is not None:
-        fetch_row(channel_scale_ptr, K, num_warps)
     wait_for_previous_kernel()
     # What the warps tell each other: two sums and a maximum.
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
