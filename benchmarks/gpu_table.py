@@ -87,6 +87,7 @@ def merge(table: Table, rows: Sequence[Row], others: Sequence[Path]) -> None:
             for fields in other["ratios"].get(row.key, {"rows": ()})["rows"]:
                 if fields["label"] == row.label:
                     add_row(table, rows, row, fields)
+    table["ratios"] = {key: table["ratios"][key] for key in KEYS if key in table["ratios"]}
 
 
 def is_met(key: str, value: float) -> bool:

@@ -276,7 +276,7 @@ class HopperTransformTile:
     def of_one_token(self) -> HopperTransformTile:
         """For programs that have no next token to be ahead with. With it on a multiprocessor fits a product's tile of
         few tokens: the product before may still run, and the one after begin."""
-        return replace(self, ahead=False, registers=min(self.registers, 1088 // self.num_warps))
+        return replace(self, ahead=False, registers=min(self.registers, 1280 // self.num_warps))
 
 
 @functools.cache
@@ -299,10 +299,9 @@ def hopper_transform_tile(
     if prologue == "gelu" and size > 64 * 64:  # the error function spills registers
         return None
     if size <= 64 * 64:
-        # A program that works ahead needs 120 registers, so that five of them would not fit; with a norm there are
-        # four anyway.
+        # So many programs hide each other's waiting that none has to work ahead.
         registers, programs = (96, 5) if prologue == "none" else (128, 4)
-        ahead = prologue == "rms"
+        ahead = False
     elif size <= 64 * 128:
         registers, programs = (168, 3) if size <= 64 * 96 else (255, 2)
         if rows == 128:

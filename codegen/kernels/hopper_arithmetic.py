@@ -8,7 +8,34 @@ from triton.experimental.gluon import language as gl
 
 @gluon.jit
 def larger(one, other):
-    return gl.where((one >= other) | (one != one), one, other)
+    """NaN if one of them is."""
+    return gl.inline_asm_elementwise(
+        "max.NaN.f32 $0, $1, $2;", "=f,f,f", [one, other], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def reciprocal(x):
+    """Exact to 2^-23; 0 above 2^126."""
+    return gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def to_fp32(x):
+    """Two bf16 of a register in two instructions; the compiler takes three."""
+    if x.dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000; }",
+            "=r,=r,r",
+            [x],
+            dtype=gl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return x.to(gl.float32)
 
 
 @gluon.jit
@@ -53,6 +80,15 @@ def larger_magnitude(one, other):
         is_pure=True,
         pack=1,
     )
+
+
+@gluon.jit
+def two_parts(x):
+    """The two bf16 whose sum is x to 2^-18; the first is the upper half of a register."""
+    bits = x.to(gl.int32, bitcast=True) + 0x8000
+    high = (bits >> 16).to(gl.int16).to(gl.bfloat16, bitcast=True)
+    rest = x - (bits & -0x10000).to(gl.float32, bitcast=True)
+    return high, rest.to(gl.bfloat16)
 
 
 @gluon.jit

@@ -9,9 +9,10 @@ has a barrier arrival of its own: with eight warps in one group some arrive befo
 
 Where there are too few tiles for the chip, K is split among programs. Each leaves its sum in memory and counts itself;
 the last one adds what the others left, and does the epilogue. Weights are on their way before the kernel before is done
-(``stream_order``): into shared memory as many as there is room for; with few tokens, whose time is that of the weights,
-all of a program's tiles into the L2 cache. Tiles of few tokens take less than half of a multiprocessor, so that the
-transform after them and the next Linear's weights need not wait for their end.
+(``stream_order``), as many as there is room for in shared memory. Why not the rest, into the L2 cache: its copies are
+in the way of those that are waited for, and what comes a kernel too early is evicted; with few tokens that was slower.
+Tiles of few tokens take less than half of a multiprocessor, so that the transform after them and the next Linear's
+weights need not wait for their end.
 
 Linears of one input (q, k, v) run side by side. The first one (LEADS) lets the next start when it need not wait any
 more, so that those that follow (FOLLOWS) find all that they read; they wait for the one before at their end, so that
@@ -61,24 +62,14 @@ _store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shar
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 _OLD_NAME = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))
 
+_INSTRUCTION_TOKENS = gl.constexpr(128)  # int8 wgmma is refused at 256
+
 
 @gluon.constexpr_function
 def product_layout(tokens, columns=32):
     return gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, tokens, columns]
     )
-
-
-@gluon.constexpr_function
-def tokens_at_once(block_m):
-    """Of an instruction; int8 wgmma is refused at 256."""
-    return min(block_m, 128)
-
-
-@gluon.constexpr_function
-def left_layout(block_m):
-    parent = product_layout(tokens_at_once(block_m))
-    return gl.DotOperandLayout(operand_index=0, parent=parent, k_width=4)
 
 
 @gluon.constexpr_function
@@ -190,19 +181,6 @@ def part_of(first, last, part, BLOCK_K: gl.constexpr, SPLIT_K: gl.constexpr):
 
 
 @gluon.jit
-def fetch(ptr, num_bytes):
-    """Bring bytes at addresses that are multiples of 16 into the L2 cache."""
-    gl.inline_asm_elementwise(
-        "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
-        "=r,l,r",
-        [ptr.to(gl.int64), num_bytes],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
 def for_copy(tile, descriptor):
     """The memory of a tile of the ring as one that a descriptor's copies go to."""
     layout: gl.constexpr = descriptor.layout
@@ -223,10 +201,8 @@ def copy_tiles(
     weight_ring,
     full,
     empty,
-    weight_ptr,
     M,
     N,
-    row_bytes,
     num_m,
     num_n,
     num_even,
@@ -470,31 +446,6 @@ def plus_branch(
 
 
 @gluon.jit
-def begin_step(
-    total,
-    step,
-    codes_ring,
-    weight_ring,
-    GROUPS: gl.constexpr,
-    GROUP: gl.constexpr,
-    ADDS: gl.constexpr,
-):
-    """The products of a step that has arrived, which the tensor cores are at; with the sums before, if it ADDS."""
-    STAGES: gl.constexpr = weight_ring.shape[0] // GROUPS
-    left: gl.constexpr = left_layout(codes_ring.shape[1])
-    stage = step % STAGES
-    packed = weight_ring.index(GROUPS * stage + GROUP).load(left)
-    if codes_ring.dtype == gl.float8e4nv:
-        even, odd = unpack_e4m3(packed)
-    else:
-        even, odd = unpack_codes(packed)
-    even_codes = codes_ring.index(2 * stage).permute((1, 0))
-    odd_codes = codes_ring.index(2 * stage + 1).permute((1, 0))
-    total = warpgroup_mma(even, even_codes, total, use_acc=ADDS, is_async=True)
-    return warpgroup_mma(odd, odd_codes, total, is_async=True)
-
-
-@gluon.jit
 def multiply_tiles(
     out,
     coefficients,
@@ -533,8 +484,9 @@ def multiply_tiles(
     ROWS: gl.constexpr = weight_ring.shape[1]
     BLOCK_K: gl.constexpr = weight_ring.shape[2]
     BLOCK_M: gl.constexpr = codes_ring.shape[1]
-    TOKENS: gl.constexpr = tokens_at_once(BLOCK_M)
+    TOKENS: gl.constexpr = BLOCK_M if BLOCK_M < _INSTRUCTION_TOKENS else _INSTRUCTION_TOKENS
     layout: gl.constexpr = product_layout(TOKENS)
+    left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout, k_width=4)
     E4M3: gl.constexpr = codes_ring.dtype == gl.float8e4nv
     BRANCH_STEPS: gl.constexpr = (2 * RANK + BLOCK_K - 1) // BLOCK_K
     NUM_SLICES: gl.constexpr = len(SLICE_STARTS)
@@ -572,33 +524,28 @@ def multiply_tiles(
                 weight_scale_ptr, bias_ptr, n, N, DEFAULT_TYPE, SLICE_OF_TYPE, NUM_SLICES, TYPED
             )
         total = gl.zeros((ROWS, BLOCK_M), gl.float32 if E4M3 else gl.int32, layout)
-        # Waited for in the body that they began in: tensor cores that read registers across the end of a loop's body
-        # make the assembler wait after each of their instructions (C7512). The other groups multiply meanwhile; where
-        # there are too few products for that, a body has two steps.
-        rest = first
-        if BLOCK_M <= 32 and not PROMOTED:
-            rest = first + (last - first) // (2 * BLOCK_K) * (2 * BLOCK_K)
-            for _byte in range(first, rest, 2 * BLOCK_K):
-                # Both before the products: a branch between them makes the assembler wait, too.
-                for ahead in gl.static_range(2):
-                    arrived = full.index((step + ahead) % STAGES)
-                    mbarrier.wait(arrived, ((step + ahead) // STAGES) & 1)
-                total = begin_step(total, step, codes_ring, weight_ring, GROUPS, GROUP, True)
-                total = begin_step(total, step + 1, codes_ring, weight_ring, GROUPS, GROUP, True)
-                total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
-                mbarrier.arrive(empty.index(step % STAGES))
-                mbarrier.arrive(empty.index((step + 1) % STAGES))
-                step += 2
-        for _byte in range(rest, last, BLOCK_K):
-            mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
+        for _byte in range(first, last, BLOCK_K):
+            stage = step % STAGES
+            mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+            packed = weight_ring.index(GROUPS * stage + GROUP).load(left)
+            even_codes = codes_ring.index(2 * stage).permute((1, 0))
+            odd_codes = codes_ring.index(2 * stage + 1).permute((1, 0))
+            if E4M3:
+                even, odd = unpack_e4m3(packed)
+            else:
+                even, odd = unpack_codes(packed)
+            # Waited for here and not a step later: tensor cores that read registers across the end of the loop's body
+            # make the assembler wait after each of their instructions (C7512). The other groups multiply meanwhile.
             if PROMOTED:
                 of_step = gl.zeros((ROWS, BLOCK_M), gl.float32, layout)
-                of_step = begin_step(of_step, step, codes_ring, weight_ring, GROUPS, GROUP, False)
+                of_step = warpgroup_mma(even, even_codes, of_step, use_acc=False, is_async=True)
+                of_step = warpgroup_mma(odd, odd_codes, of_step, is_async=True)
                 total += warpgroup_mma_wait(num_outstanding=0, deps=(of_step,))
             else:
-                total = begin_step(total, step, codes_ring, weight_ring, GROUPS, GROUP, True)
+                total = warpgroup_mma(even, even_codes, total, is_async=True)
+                total = warpgroup_mma(odd, odd_codes, total, is_async=True)
                 total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
-            mbarrier.arrive(empty.index(step % STAGES))
+            mbarrier.arrive(empty.index(stage))
             step += 1
         if PROMOTED:  # whose registers are full during them
             weight_scales, biases = rows_of_outputs(
@@ -659,7 +606,6 @@ def hopper_linear_kernel(
     out,  # descriptor of [M, N]
     coefficients,  # descriptor of [M, RANK] bf16, or None
     branch,  # descriptor of [RANK or less, N] bf16, or None
-    weight_ptr,  # [N, row_bytes] int8, the same
     scale_ptr,  # [M] fp32
     weight_scale_ptr,  # [S, N] fp32
     bias_ptr,  # [P, N] fp32, or None
@@ -669,7 +615,6 @@ def hopper_linear_kernel(
     M,
     N,
     num_even,
-    row_bytes,
     DEFAULT_TYPE: gl.constexpr,
     SLICE_OF_TYPE: gl.constexpr,
     SLICE_STARTS: gl.constexpr,  # bytes of a weight row
@@ -723,7 +668,7 @@ def hopper_linear_kernel(
             )),
             (copy_tiles, (
                 codes, weight, coefficients, branch, type_ptr, codes_ring, weight_ring, full, empty,
-                weight_ptr, M, N, row_bytes, num_m, num_n, num_even,
+                M, N, num_m, num_n, num_even,
                 DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, LEADS, FOLLOWS, RANK,
             )),
         ], [4, 1], [GROUP_REGISTERS, 24])
@@ -750,7 +695,7 @@ def hopper_linear_kernel(
             )),
             (copy_tiles, (
                 codes, weight, coefficients, branch, type_ptr, codes_ring, weight_ring, full, empty,
-                weight_ptr, M, N, row_bytes, num_m, num_n, num_even,
+                M, N, num_m, num_n, num_even,
                 DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, LEADS, FOLLOWS, RANK,
             )),
         ], [4, 4, 1], [GROUP_REGISTERS, GROUP_REGISTERS, 24])
@@ -759,10 +704,8 @@ def hopper_linear_kernel(
 
 def registers(tile: TileConfig) -> dict[str, int]:
     """Registers of a thread: of all groups and four warps for copying on average, and in a group but the first."""
-    if tile.block_m <= 16:
-        average, group = 80, 104
-    elif tile.block_m <= 32:
-        average, group = 88, 112
+    if tile.block_m <= 32:
+        average, group = 64, 80
     elif tile.block_m <= 64:
         average, group = 80, 104
     else:
@@ -908,7 +851,6 @@ def hopper_linears(
             TensorDescriptor.from_tensor(weight, [chosen.rows, chosen.block_k], of_weight),
             TensorDescriptor.from_tensor(out, [chosen.block_m, chosen.rows], of_out),
             *branch,
-            weight,
             scale,
             weight_scale,
             bias_table,
@@ -918,7 +860,6 @@ def hopper_linears(
             num_tokens,
             num_outputs,
             num_codes // 2,
-            weight.shape[1],
         )
     return outputs
 

@@ -43,10 +43,13 @@ from .hopper_arithmetic import (
     larger,
     larger_magnitude,
     minus,
+    reciprocal,
     times,
     times_plus,
     to_e4m3,
+    to_fp32,
     to_int4,
+    two_parts,
 )
 from .launches import Launch
 from .stream_order import allow_next_kernel, wait_for_previous_kernel
@@ -75,6 +78,26 @@ def sum_in_threads(tile, num_warps: gl.constexpr):
     return gl.convert_layout(gl.sum(by_thread(tile, num_warps), 1), layout, assert_trivial=True)
 
 
+@gluon.jit
+def squares_in_threads(x, num_warps: gl.constexpr):
+    """The sum of squares that each thread has. Of bf16 every two are added in bf16, which is wrong by at most 2^-8 and
+    makes a norm wrong by 2^-9; the rest in fp32."""
+    values = by_thread(x, num_warps)
+    THREADS: gl.constexpr = values.shape[0]
+    NUMBER: gl.constexpr = values.shape[1]
+    if x.dtype == gl.bfloat16:
+        # A pair of neighbours is a register: one, the other.
+        pairs = gl.permute(gl.reshape(values, (THREADS, NUMBER // 4, 2, 2)), (0, 1, 3, 2))
+        one, other = gl.split(pairs)
+        values = times_plus(other, other, times(one, one))
+        squares = gl.sum(gl.sum(to_fp32(values), 1), 1)
+    else:
+        values = values.to(gl.float32)
+        squares = gl.sum(values * values, 1)
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    return gl.convert_layout(squares, layout, assert_trivial=True)
+
+
 @gluon.constexpr_function
 def log2(power):
     return power.bit_length() - 1
@@ -84,18 +107,19 @@ def log2(power):
 def magnitude_in_threads(even, odd, num_warps: gl.constexpr):
     """The largest magnitude that each thread has in ``layout_of_pairs``, as bits: a NaN's are larger than all numbers'.
 
-    Bits because threads compare integers in one instruction. In a tree: one after the other they would wait.
+    Bits because there is an instruction for the largest of three integers, and one for those of a warp. In a tree: one
+    after the other they would wait.
     """
     ROWS: gl.constexpr = even.shape[0]
     PAIRS: gl.constexpr = even.shape[1]
-    tile = gl.reshape(larger_magnitude(even, odd), (ROWS // 16, 2, 8, 4, PAIRS // 4))
+    tile = larger_magnitude(even, odd).to(gl.int32, bitcast=True)
+    tile = gl.reshape(tile, (ROWS // 16, 2, 8, 4, PAIRS // 4))
     tile = gl.reshape(gl.permute(tile, (0, 2, 3, 1, 4)), (2 * ROWS, PAIRS // 2))
     for _ in gl.static_range(log2(PAIRS // 2)):
         one, other = gl.split(gl.reshape(tile, (2 * ROWS, tile.shape[1] // 2, 2)))
-        tile = larger_magnitude(one, other)
+        tile = gl.maximum(one, other)
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
-    of_thread = gl.reshape(tile, (2 * ROWS,)).to(gl.int32, bitcast=True)
-    return gl.convert_layout(of_thread, layout, assert_trivial=True)
+    return gl.convert_layout(gl.reshape(tile, (2 * ROWS,)), layout, assert_trivial=True)
 
 
 @gluon.jit
@@ -180,10 +204,10 @@ def codes_of(z, per_code, QMAX: gl.constexpr):
     if QMAX == 0:
         return (z * per_code).to(gl.bfloat16)
     elif QMAX == 448:
-        return to_e4m3(z, 1 / per_code)
+        return to_e4m3(z, reciprocal(per_code))
     else:
         gl.static_assert(QMAX == 7)
-        return to_int4(z, 1 / (14 * per_code))
+        return to_int4(z, reciprocal(14 * per_code))
 
 
 @gluon.jit
@@ -216,11 +240,10 @@ def slice_of(token_type, SLICE_OF_TYPE: gl.constexpr, NUM_SLICES: gl.constexpr):
 @gluon.jit
 def fetch_row(row_ptr, K: gl.constexpr, num_warps: gl.constexpr):
     """Ask for the lines of a row [K]."""
+    SIZE: gl.constexpr = 2 ** log2(2 * K - 1)
     LINE: gl.constexpr = 1024 // row_ptr.dtype.element_ty.primitive_bitwidth
-    NUM_LINES: gl.constexpr = (K + LINE - 1) // LINE
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
-    line = gl.arange(0, 2 ** log2(2 * NUM_LINES - 1), layout)
-    place = gl.minimum(line * LINE, K - 1)
+    place = gl.minimum(gl.arange(0, SIZE // LINE, layout) * LINE, K - 1)
     gl.inline_asm_elementwise(
         "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
         "=r,l",
@@ -242,9 +265,21 @@ def place_of(
     layout: gl.constexpr,
 ):
     """Where a piece of a matrix [D1, D2] is in memory, and which of its values there are."""
-    row = FIRST_ROW + gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
-    column = FIRST_COLUMN + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
-    return row * D2 + column, (row < D1) & (column < D2)
+    if COLUMNS == D2:
+        # Rows without gaps: as one of them, so that the places of a thread are one address and constants.
+        AT_ONCE: gl.constexpr = layout.size_per_thread[1]
+        WARPS: gl.constexpr = layout.warps_per_cta[0]
+        flat: gl.constexpr = gl.BlockedLayout([AT_ONCE], [32], [WARPS], [0])
+        offset = gl.reshape(gl.arange(0, ROWS * COLUMNS, flat), (ROWS, COLUMNS))
+        offset = gl.convert_layout(offset, layout, assert_trivial=True)
+        if FIRST_ROW > 0:
+            offset += FIRST_ROW * D2
+        offset = gl.max_contiguous(gl.multiple_of(offset, [1, AT_ONCE]), [1, AT_ONCE])
+        return offset, offset < D1 * D2
+    else:
+        row = FIRST_ROW + gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
+        column = FIRST_COLUMN + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
+        return row * D2 + column, (row < D1) & (column < D2)
 
 
 @gluon.constexpr_function
@@ -259,6 +294,17 @@ def memory_layout(rows, columns, num_warps):
     per_thread = neighbours(rows, columns, num_warps)
     per_row = columns // per_thread
     return gl.BlockedLayout([1, per_thread], [32 // per_row, per_row], [num_warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def layout_of_registers(layout, dtype):
+    """Of what ``load_token`` loads: neighbours of 16 bits in pairs."""
+    if dtype.primitive_bitwidth != 16:
+        return layout
+    rows, columns = layout.size_per_thread
+    return gl.BlockedLayout(
+        [rows, columns // 2], layout.threads_per_warp, layout.warps_per_cta, layout.order
+    )
 
 
 @gluon.constexpr_function
@@ -340,16 +386,19 @@ def load_once(row, place):
 
 
 @gluon.jit
-def packed(x):
-    """Neighbours of 16 bits in a register, as a loop should carry them: it would give each a register of its own, and
-    wait for memory where it ends."""
-    if x.dtype.primitive_bitwidth == 16:
-        even, odd = gl.split(gl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
-        return gl.inline_asm_elementwise(
-            "mov.b32 $0, {$1, $2};", "=r,h,h", [even, odd], dtype=gl.int32, is_pure=False, pack=1
-        )
-    else:
-        return x
+def load_again(row, place):
+    """What many tokens need."""
+    offset, inside = place
+    return gl.load(row + offset, inside, 0.0)
+
+
+@gluon.jit
+def load_token(row, place):
+    """A piece of x as a loop should carry it: of 16 bits two neighbours to a register, in which they come. A value in
+    each would be unpacked, and waited for, where the loop ends."""
+    if row.dtype.element_ty.primitive_bitwidth == 16:
+        row = row.to(gl.pointer_type(gl.int32))
+    return load_once(row, place)
 
 
 @gluon.jit
@@ -376,20 +425,21 @@ def begun(x, other_row, total_row, place, PROLOGUE: gl.constexpr):
     """A piece of a token, plus its residual or through its activation function."""
     offset, inside = place
     if total_row is not None:
+        # Of two bf16 the compiler makes one addition in bf16, and of two of those one instruction.
         other = load_once(other_row, place).to(gl.float32)
         x = (x.to(gl.float32) + other).to(total_row.dtype.element_ty)
         gl.store(total_row + offset, x, inside)
     elif PROLOGUE != "none" and PROLOGUE != "rms" and PROLOGUE != "layer":
-        x = activation(x.to(gl.float32), PROLOGUE)
+        x = activation(to_fp32(x), PROLOGUE)
         if other_row is not None:
-            x *= load_once(other_row, place).to(gl.float32)
+            x *= to_fp32(load_once(other_row, place))
     return x
 
 
 @gluon.jit
 def centred(x, mean, place):
     _, inside = place
-    return gl.where(inside, x.to(gl.float32) - mean, 0.0)
+    return gl.where(inside, to_fp32(x) - mean, 0.0)
 
 
 @gluon.jit
@@ -399,9 +449,8 @@ def prepared(
     rms,
     weight,
     bias,
-    shift_row,
+    shift,
     channel_scale,
-    place,
     SCALE_IN_SHARED: gl.constexpr,
 ):
     """What is transformed of a piece of a token, in bf16: normed, minus the shift of its type, scaled.
@@ -418,17 +467,15 @@ def prepared(
             x += bias
     elif weight is not None:
         x = times(x, weight)
-    if shift_row is not None:
-        offset, inside = place
-        shift = gl.load(shift_row + offset, inside, 0.0).to(gl.bfloat16)
+    if shift is not None:
+        shift = shift.to(gl.bfloat16)
         if rms is None:
             x = minus(x, shift)
         else:
             # In two parts: one of them would be wrong by up to 2^-9 in all channels alike.
-            high = rms.to(gl.bfloat16)
-            low = (rms - high.to(gl.float32)).to(gl.bfloat16)
-            x = times_plus(shift, -high, x)
-            x = times_plus(shift, -low, x)
+            high, low = two_parts(-rms)
+            x = times_plus(shift, high, x)
+            x = times_plus(shift, low, x)
     if channel_scale is not None:
         if SCALE_IN_SHARED:
             channel_scale = channel_scale.load(x.type.layout)
@@ -462,9 +509,9 @@ def put_token(
     other_ptr, other_stride, total_ptr, shift_ptr = tables
     other_row, total_row, shift_row = other_ptr, total_ptr, shift_ptr
     if other_ptr is not None:
-        other_row += token * other_stride
+        other_row += token.to(gl.int64) * other_stride
     if total_ptr is not None:
-        total_row += token * K
+        total_row += token.to(gl.int64) * K
     if shift_ptr is not None:
         shift_row += token_type * K
     x_a = unpacked(x_a, DTYPE, num_warps)
@@ -472,10 +519,17 @@ def put_token(
     if HAS_B:
         x_b = unpacked(x_b, DTYPE, num_warps)
         x_b = begun(x_b, other_row, total_row, place_b, PROLOGUE)
-    if PROLOGUE == "layer":
-        mean = sum_in_threads(x_a.to(gl.float32), num_warps)
+    # Before the norm's barrier, so that both are waited for at a time.
+    EARLY: gl.constexpr = PROLOGUE == "rms"
+    shift_a, shift_b = shift_row, shift_row
+    if shift_row is not None and EARLY:
+        shift_a = load_again(shift_row, place_a)
         if HAS_B:
-            mean += sum_in_threads(x_b.to(gl.float32), num_warps)
+            shift_b = load_again(shift_row, place_b)
+    if PROLOGUE == "layer":
+        mean = sum_in_threads(to_fp32(x_a), num_warps)
+        if HAS_B:
+            mean += sum_in_threads(to_fp32(x_b), num_warps)
         mean = sum_of_threads(mean, slots.index(1), num_warps) / K
         x_a = centred(x_a, mean, place_a)
         if HAS_B:
@@ -483,9 +537,9 @@ def put_token(
     unit = 1.0
     inverse, rms = None, None
     if PROLOGUE == "rms" or PROLOGUE == "layer":
-        variance = sum_in_threads(x_a.to(gl.float32) * x_a.to(gl.float32), num_warps)
+        variance = squares_in_threads(x_a, num_warps)
         if HAS_B:
-            variance += sum_in_threads(x_b.to(gl.float32) * x_b.to(gl.float32), num_warps)
+            variance += squares_in_threads(x_b, num_warps)
         variance = sum_of_threads(variance, slots.index(0), num_warps) / K + EPS
         if PROLOGUE == "rms" and bias_a is None:
             unit = gl.rsqrt(variance)
@@ -493,14 +547,14 @@ def put_token(
         else:
             inverse = gl.rsqrt(variance)
     IN_SHARED: gl.constexpr = SCALE_IN_SHARED
-    x_a = prepared(
-        x_a, inverse, rms, weight_a, bias_a, shift_row, channel_scale_a, place_a, IN_SHARED
-    )
+    if shift_row is not None and not EARLY:
+        shift_a = load_again(shift_row, place_a)
+    x_a = prepared(x_a, inverse, rms, weight_a, bias_a, shift_a, channel_scale_a, IN_SHARED)
     tile_a.store(x_a)
     if HAS_B:
-        x_b = prepared(
-            x_b, inverse, rms, weight_b, bias_b, shift_row, channel_scale_b, place_b, IN_SHARED
-        )
+        if shift_row is not None and not EARLY:
+            shift_b = load_again(shift_row, place_b)
+        x_b = prepared(x_b, inverse, rms, weight_b, bias_b, shift_b, channel_scale_b, IN_SHARED)
         tile_b.store(x_b)
     return unit
 
@@ -703,22 +757,6 @@ def hopper_transform_quantize_kernel(
             put_right(right_ba.index(s), right, COLUMNS, 0, D2, num_warps)
             put_right(right_ab.index(s), right, 0, COLUMNS, D2, num_warps)
             put_right(right_bb.index(s), right, COLUMNS, COLUMNS, D2, num_warps)
-    # Out of DRAM into the L2 cache, where what the kernel before still writes arrives, too.
-    first_token = gl.minimum(gl.program_id(0), M - 1).to(gl.int64)
-    fetch_row(x_ptr + first_token * x_stride, K, num_warps)
-    if other_ptr is not None:
-        fetch_row(other_ptr + first_token * other_stride, K, num_warps)
-    if type_ptr is not None:
-        fetch_row(type_ptr + first_token, 1, num_warps)
-    if shift_ptr is not None:
-        for t in gl.static_range(NUM_TYPES):
-            fetch_row(shift_ptr + t * K, K, num_warps)
-    if weight_ptr is not None:
-        fetch_row(weight_ptr, K, num_warps)
-    if bias_ptr is not None:
-        fetch_row(bias_ptr, K, num_warps)
-    if channel_scale_ptr is not None:
-        fetch_row(channel_scale_ptr, K, num_warps)
     wait_for_previous_kernel()
     # What the warps tell each other: two sums and a maximum.
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
@@ -737,20 +775,27 @@ def hopper_transform_quantize_kernel(
     tokens_b = tokens_a
     layout_a: gl.constexpr = memory_layout(IN_A, COLUMNS, num_warps)
     place_a = place_of(0, IN_A, 0, COLUMNS, D1, D2, layout_a)
-    place_b = place_a
+    in_x: gl.constexpr = layout_of_registers(layout_a, DTYPE)
+    PAIR: gl.constexpr = 2 if DTYPE.primitive_bitwidth == 16 else 1
+    x_place_a = place_of(0, IN_A, 0, COLUMNS // PAIR, D1, D2 // PAIR, in_x)
+    place_b, x_place_b = place_a, x_place_a
     if HAS_B:
         tokens_b = bf16_tiles(TURNS, ROWS_B, WIDTH_B)
         layout_b: gl.constexpr = memory_layout(ROWS_B, WIDTH_B, num_warps)
         place_b = place_of(FIRST_ROW_B, ROWS_B, FIRST_COLUMN_B, WIDTH_B, D1, D2, layout_b)
+        in_x_b: gl.constexpr = layout_of_registers(layout_b, DTYPE)
+        x_place_b = place_of(
+            FIRST_ROW_B, ROWS_B, FIRST_COLUMN_B // PAIR, WIDTH_B // PAIR, D1, D2 // PAIR, in_x_b
+        )
     # What comes from DRAM is under way a token ahead: x, and its type, which says where the shift is, in registers, the
     # rest as far as the L2 cache.
-    token = gl.program_id(0).to(gl.int64)
+    token = gl.program_id(0)
     here = gl.minimum(token, M - 1)  # the token in x
     type_here = type_of(type_ptr, here, DEFAULT_TYPE, NUM_TYPES)
-    x_a = packed(load_once(x_ptr + here * x_stride, place_a))
+    x_a = load_token(x_ptr + here.to(gl.int64) * x_stride, x_place_a)
     x_b = x_a
     if HAS_B:
-        x_b = packed(load_once(x_ptr + here * x_stride, place_b))
+        x_b = load_token(x_ptr + here.to(gl.int64) * x_stride, x_place_b)
     weight_a, bias_a, channel_scale_a = weight_ptr, bias_ptr, channel_scale_ptr
     weight_b, bias_b, channel_scale_b = weight_ptr, bias_ptr, channel_scale_ptr
     if weight_ptr is not None:
@@ -807,11 +852,11 @@ def hopper_transform_quantize_kernel(
         y = first_product(lefts, tokens, in_slice, 0, IN_B, COLUMNS_B, num_warps)
         here = gl.minimum(here + gl.num_programs(0), M - 1)
         type_here = type_of(type_ptr, here, DEFAULT_TYPE, NUM_TYPES)
-        x_a = packed(load_once(x_ptr + here * x_stride, place_a))
+        x_a = load_token(x_ptr + here.to(gl.int64) * x_stride, x_place_a)
         if HAS_B:
-            x_b = packed(load_once(x_ptr + here * x_stride, place_b))
+            x_b = load_token(x_ptr + here.to(gl.int64) * x_stride, x_place_b)
         if other_ptr is not None:
-            fetch_row(other_ptr + here * other_stride, K, num_warps)
+            fetch_row(other_ptr + here.to(gl.int64) * other_stride, K, num_warps)
         y = waited_for(y)
         _barrier()
     # Not a for: out of one the compiler moves loads, which then fill the registers.
@@ -820,7 +865,7 @@ def hopper_transform_quantize_kernel(
             after = gl.minimum(here + gl.num_programs(0), M - 1)
             type_after = type_of(type_ptr, after, DEFAULT_TYPE, NUM_TYPES)
             if other_ptr is not None:
-                fetch_row(other_ptr + after * other_stride, K, num_warps)
+                fetch_row(other_ptr + after.to(gl.int64) * other_stride, K, num_warps)
         if AHEAD:
             turn = 1 - turn
             in_slice = slice_of(token_type, SLICE_OF_TYPE, NUM_SLICES)
@@ -845,10 +890,11 @@ def hopper_transform_quantize_kernel(
             num_warps,
         )
         fence_async_shared()
+        # Before the barrier, or the assembler would have them much later.
         if not ONE_EACH:
-            next_a = load_once(x_ptr + after * x_stride, place_a)
+            x_a = load_token(x_ptr + after.to(gl.int64) * x_stride, x_place_a)
             if HAS_B:
-                next_b = load_once(x_ptr + after * x_stride, place_b)
+                x_b = load_token(x_ptr + after.to(gl.int64) * x_stride, x_place_b)
         _barrier()
         if AHEAD:
             z = waited_for(z)
@@ -863,7 +909,7 @@ def hopper_transform_quantize_kernel(
             z,
             unit,
             gl.load(clip_ptr + token_type),
-            codes_ptr + token * (WIDTH * D2),
+            codes_ptr + token.to(gl.int64) * (WIDTH * D2),
             scale_ptr + token,
             maxima,
             exchange,
@@ -877,9 +923,6 @@ def hopper_transform_quantize_kernel(
             token_type, unit = type_here, unit_here
         if not ONE_EACH:
             here, type_here = after, type_after
-            x_a = packed(next_a)
-            if HAS_B:
-                x_b = packed(next_b)
         token += gl.num_programs(0)
 
 
@@ -915,6 +958,8 @@ def hopper_transform_quantize(
     tile = tile or hopper_transform_tile(d1, tuple(widths), d2, prologue.kind)
     assert tile is not None
     x = rows_in_memory(x)
+    if (x.data_ptr() | x.stride(0) * x.element_size()) % 4:
+        x = x.clone(memory_format=torch.contiguous_format)  # read in pairs of 16 bits
     other = None if prologue.other is None else rows_in_memory(prologue.other)
     optional = (prologue.weight, prologue.bias, token_type, shift, channel_scale)
     contiguous = (None if t is None else t.contiguous() for t in optional)

@@ -157,7 +157,12 @@ class Pointer:
     def __add__(self, other: Any) -> Pointer:
         return Pointer(self.memory, self.offset + (other if _is_number(other) else other.data))
 
-    def to(self, dtype: Any) -> Value:
+    def to(self, dtype: Any) -> Any:
+        if isinstance(dtype, gl.pointer_type):
+            memory = self.memory.view(_TO_TORCH[dtype.element_ty])
+            size, other_size = self.memory.element_size(), memory.element_size()
+            assert not (self.offset * size % other_size).any(), "unaligned"
+            return Pointer(memory, self.offset * size // other_size)
         assert dtype == gl.int64
         return Value(self.memory.data_ptr() + self.offset * self.memory.element_size())
 
@@ -469,6 +474,7 @@ class _Language:
     max = staticmethod(_reduction(lambda d, a: _without_nan(d, a, torch.amax, -torch.inf)))
     min = staticmethod(_reduction(lambda d, a: _without_nan(d, a, torch.amin, torch.inf)))
     convert_layout = staticmethod(lambda value, layout, **_: Value(value.data, layout))
+    multiple_of = max_contiguous = staticmethod(lambda value, _: value)
     program_id = staticmethod(lambda axis: Value(_program.id))
     num_programs = staticmethod(lambda axis: Value(_program.number))
     arange = staticmethod(

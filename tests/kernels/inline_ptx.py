@@ -124,7 +124,8 @@ def _compute(name: str, values: list[Tensor]) -> Tensor:
         low_bits, high_bits = (h.view(torch.int16).long() & 0xFFFF for h in halves)
         return low_bits | high_bits << 16
     if kind == "f32" and operation in _FLOAT:
-        result = _FLOAT[operation](*(_floats(v).double() for v in values))
+        function = torch.maximum if modifiers == ["NaN", "f32"] else _FLOAT[operation]
+        result = function(*(_floats(v).double() for v in values))
         if "sat" in modifiers:
             result = result.nan_to_num(0.0).clamp(0, 1)
         return _bits(result)

@@ -189,6 +189,15 @@ def test_transform_of_other_dtypes(dtype: torch.dtype, typed: bool) -> None:
         check(x, random_prologue("rms", x), replace(t, shift=shift), types, 7)
 
 
+def test_transform_of_rows_that_are_not_aligned() -> None:
+    """Values of 16 bits are read in pairs."""
+    x = torch.randn(5, 4097).bfloat16()
+    for part in (x[:, 1:], x[:, :-1]):
+        check(
+            part, random_prologue("rms", part), random_transform("shift", 4096, 2, seed=1), None, 7
+        )
+
+
 def check(
     x: Tensor,
     prologue: Prologue,
