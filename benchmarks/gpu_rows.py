@@ -90,7 +90,7 @@ class Row:
 
 
 def all_rows(sizes: Sizes) -> list[Row]:
-    """In the order in which a first session wants them: short ones that tell most first."""
+    """Short ones that tell most first."""
     return [
         *_memory_rows(sizes),
         *_transform_rows(sizes),
