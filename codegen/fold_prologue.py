@@ -33,11 +33,15 @@ def fold_activations(graph: Graph) -> None:
     for transform in _transforms(graph):
         y: Any = transform.args[0]
         found = find_activation(y)
-        if found is None or not _has_kernel(transform, found.kind):
+        if found is None:
             continue
         wanted = y.meta["val"].dtype
         rows = [found.gate] if found.up is None else [found.gate, found.up]
         if any(n.meta["val"].dtype not in (wanted, torch.float32) for n in rows):
+            continue
+        if not _has_kernel(transform, found.kind):
+            for row in rows:
+                _cast_and_back(graph, row, wanted)
             continue
         inputs: list[Any] = [_cast(graph, transform, n, wanted) for n in rows]
         inputs += [None] * (2 - len(rows))
@@ -85,6 +89,18 @@ def _cast(graph: Graph, before: Node, node: Node, wanted: torch.dtype) -> Node:
     cast.meta = _meta_of(node)
     cast.meta["val"] = node.meta["val"].to(wanted)
     return cast
+
+
+def _cast_and_back(graph: Graph, node: Node, wanted: torch.dtype) -> None:
+    """Let who reads a node in fp32 read it as rounded to another dtype: the Linear that it comes from ends in a cast
+    again, which ``fuse_linear`` looks for."""
+    if node.meta["val"].dtype == wanted:
+        return
+    readers = list(node.users)
+    rounded = _cast(graph, node.next, node, wanted)
+    back = _cast(graph, rounded.next, rounded, node.meta["val"].dtype)
+    for reader in readers:
+        reader.replace_input_with(node, back)
 
 
 def _replace(

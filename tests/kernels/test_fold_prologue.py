@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import freeact_fx  # noqa: F401  (registers the ops)
-from freeact_fx.codegen import engine_graph, engine_ops
+from freeact_fx.codegen import engine_graph, engine_ops, fold_prologue
 from freeact_fx.codegen.engine_graph import use_engine_ops
 from freeact_fx.reference import pack_int4
 
@@ -134,8 +134,13 @@ def test_activation(
         assert counts["engine_linears"] == is_gated
 
 
-def test_cast_that_was_left_out_comes_back(chip: str) -> None:
+@pytest.mark.parametrize("folds", [True, False])
+def test_cast_that_was_left_out_comes_back(
+    folds: bool, chip: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torch 2.11 hands the gate to its activation in fp32, before the cast that ends its Linear."""
+    if not folds:
+        monkeypatch.setattr(fold_prologue, "_has_kernel", lambda transform, prologue: False)
     gate_up, down = Group(WIDTH, HIDDEN, HIDDEN), Group(HIDDEN, WIDTH)
 
     def mlp(x: Tensor) -> Tensor:
@@ -158,7 +163,7 @@ def test_cast_that_was_left_out_comes_back(chip: str) -> None:
         for n in gm.graph.nodes
         if n.op != "output" and n.op == "call_function"
     )
-    assert counts["engine_gated_transform_quantize"] == 1
+    assert counts["engine_gated_transform_quantize"] == folds
     assert counts["engine_linear"] == counts["engine_linears"] == (chip == "hopper")
     assert gm(x).isfinite().all()
 
