@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import freeact_fx
 from freeact_fx import FreeActLinear, QuantConfig, TokenTypes
-from freeact_fx.codegen import engine_graph, engine_ops, lowering
+from freeact_fx.codegen import engine_graph, engine_ops, fuse_linear, lowering
 from freeact_fx.convert import GroupTransformModule
 from freeact_fx.reference import pack_int4, rows_of_type, slice_of_token
 from freeact_fx.transform import pack_linear
@@ -239,3 +240,41 @@ def test_slices_that_all_parts_agree_on(
     assert torch.equal(traced(*args), want)
     names = [str(node.target) for node in traced.graph.nodes]
     assert names.count("freeact.engine_linear.default") == fused
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("has_branch", [True, False])
+def test_linears_of_the_same_codes_are_joined(has_bias: bool, has_branch: bool) -> None:
+    codes = torch.randint(-7, 8, (1, 6, 128)).to(torch.int8)
+    scale, coefficients = torch.rand(1, 6, 1), torch.randn(1, 6, 8).bfloat16()
+    types = torch.randint(0, 2, (1, 6))
+    linears = [
+        (
+            pack_int4(torch.randint(-7, 8, (n, 128)).to(torch.int8)),
+            torch.rand(1, n),
+            torch.randn(2, n) if has_bias else None,
+            torch.randn(8, n).bfloat16(),
+        )
+        for n in (16, 48, 32)
+    ]
+
+    def separate(
+        codes: Tensor, scale: Tensor, types: Tensor, coefficients: Tensor, linears: Any
+    ) -> list[Tensor]:
+        static = (types, [128], [0, 0], 0, torch.bfloat16)
+        return [
+            ops.engine_linear(
+                codes, scale, *tables, *static, *((coefficients, branch) if has_branch else ())
+            )
+            for *tables, branch in linears
+        ]
+
+    args = (codes, scale, types, coefficients, linears)
+    gm = make_fx(separate, tracing_mode="fake")(*args)
+    want = gm(*args)
+    fuse_linear.join_linears(gm.graph)
+    gm.recompile()
+    targets = [node.target for node in gm.graph.nodes]
+    assert targets.count(ops.engine_linears.default) == 1
+    assert ops.engine_linear.default not in targets
+    assert all(map(torch.equal, gm(*args), want))
