@@ -361,8 +361,8 @@ def engine_linear(
     token_type    [...] integers, or None: all tokens are ``default_type``
     slice_sizes   columns of each slice, even numbers; their sum is K'
     coefficients  [..., R] bf16, divided by ``scale``, R a multiple of eight, with branch_weight [R or less, N] bf16,
-                  divided by ``weight_scale`` and
-                  times ``ONE_IN_SUMS``, for plans of one slice; or None. Their product is added to the kernel's sums
+                  divided by ``weight_scale`` and times ``ONE_IN_SUMS``, for plans of one slice; or None. Their product
+                  is added to the kernel's sums
 
     Returns [..., N] of ``dtype``. The kernel is for shapes that ``takes_linear`` and Hopper.
     """

@@ -85,17 +85,18 @@ def join_linears(graph: Graph) -> None:
         shared = (codes, scale, bias is None, types, tuple(sizes), tuple(slices), default, dtype)
         groups.setdefault((*shared, *branch[:1]), []).append(node)
     for linears in groups.values():
-        late = [n for n in _inputs_of(linears) if place[n] > place[linears[0]]]
+        inputs = {n for linear in linears for n in linear.all_input_nodes}
+        late = [n for n in inputs if place[n] > place[linears[0]]]
         if len(linears) == 1 or any(n.op != "get_attr" for n in late):
             continue
         for constant in late:
             linears[0].prepend(constant)
-        codes, scale, _, _, bias, *static = linears[0].args
-        static, coefficients = static[:5], (*static[5:6], None)[0]
-        weights, weight_scales, bias_tables = (
-            [linear.args[i] for linear in linears] for i in (2, 3, 4)
-        )
-        branch_weights = [linear.args[11] for linear in linears if len(linear.args) > 11]
+        columns = [list(column) for column in zip(*(n.args for n in linears), strict=True)]
+        codes, scale, _, _, bias, *static = linears[0].args[:10]
+        weights, weight_scales, bias_tables = columns[2:5]
+        coefficients, branch_weights = None, []
+        if len(columns) > 10:
+            (coefficients, *_), branch_weights = columns[10:]
         with graph.inserting_before(linears[0]):
             joined = add_call(
                 graph,
@@ -109,10 +110,6 @@ def join_linears(graph: Graph) -> None:
         for linear, output in zip(linears, outputs, strict=True):
             linear.replace_all_uses_with(output)
             graph.erase_node(linear)
-
-
-def _inputs_of(nodes: Sequence[Node]) -> set[Node]:
-    return {n for node in nodes for n in node.all_input_nodes}
 
 
 def _is_branch(node: Any) -> bool:

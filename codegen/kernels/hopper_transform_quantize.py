@@ -73,29 +73,33 @@ def by_thread(tile, num_warps: gl.constexpr):
 
 
 @gluon.jit
-def sum_in_threads(tile, num_warps: gl.constexpr):
+def of_threads(values, num_warps: gl.constexpr):
+    """One value of each thread, which stays where it is, as ``sum_of_threads`` and ``largest_of_threads`` take them."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
-    return gl.convert_layout(gl.sum(by_thread(tile, num_warps), 1), layout, assert_trivial=True)
+    return gl.convert_layout(values, layout, assert_trivial=True)
+
+
+@gluon.jit
+def sum_in_threads(tile, num_warps: gl.constexpr):
+    return of_threads(gl.sum(by_thread(tile, num_warps), 1), num_warps)
 
 
 @gluon.jit
 def squares_in_threads(x, num_warps: gl.constexpr):
     """The sum of squares that each thread has. Of bf16 every two are added in bf16, which is wrong by at most 2^-8 and
     makes a norm wrong by 2^-9; the rest in fp32."""
-    values = by_thread(x, num_warps)
-    THREADS: gl.constexpr = values.shape[0]
-    NUMBER: gl.constexpr = values.shape[1]
     if x.dtype == gl.bfloat16:
+        values = by_thread(x, num_warps)
+        THREADS: gl.constexpr = values.shape[0]
+        NUMBER: gl.constexpr = values.shape[1]
         # A pair of neighbours is a register: one, the other.
         pairs = gl.permute(gl.reshape(values, (THREADS, NUMBER // 4, 2, 2)), (0, 1, 3, 2))
         one, other = gl.split(pairs)
         values = times_plus(other, other, times(one, one))
-        squares = gl.sum(gl.sum(to_fp32(values), 1), 1)
+        return of_threads(gl.sum(gl.sum(to_fp32(values), 1), 1), num_warps)
     else:
-        values = values.to(gl.float32)
-        squares = gl.sum(values * values, 1)
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
-    return gl.convert_layout(squares, layout, assert_trivial=True)
+        x = x.to(gl.float32)
+        return sum_in_threads(x * x, num_warps)
 
 
 @gluon.constexpr_function
@@ -118,8 +122,7 @@ def magnitude_in_threads(even, odd, num_warps: gl.constexpr):
     for _ in gl.static_range(log2(PAIRS // 2)):
         one, other = gl.split(gl.reshape(tile, (2 * ROWS, tile.shape[1] // 2, 2)))
         tile = gl.maximum(one, other)
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
-    return gl.convert_layout(gl.reshape(tile, (2 * ROWS,)), layout, assert_trivial=True)
+    return of_threads(gl.reshape(tile, (2 * ROWS,)), num_warps)
 
 
 @gluon.jit

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF
-_NOTHING = ("prefetch.", "cp.async.bulk.prefetch.", "griddepcontrol.")
+_NOTHING = ("prefetch.", "griddepcontrol.")
 
 
 class UnknownInstruction(ValueError):
