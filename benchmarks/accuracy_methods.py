@@ -150,7 +150,7 @@ METHODS = {
     ),
     "all plans measured": _ablation(
         "the default, which otherwise measures only the plans predicted best",
-        plans_measured=6,
+        plans_measured=8,
     ),
     "single": _ablation("plan single: one transform, no shift", plan="single"),
     "shift": _ablation("plan shift: a mean of its own per type", plan="shift"),

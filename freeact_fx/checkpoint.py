@@ -349,8 +349,11 @@ def _load_group(
         **found,  # type: ignore[arg-type]
     )
     problem = transform.problem()
-    if problem is None and transform.num_rows != config.num_types + 1:
-        problem = f"clip must have {config.num_types + 1} rows (types and the untyped row)"
+    if problem is None and transform.num_rows not in (2, config.num_types + 1):
+        problem = (
+            f"clip must have {config.num_types + 1} rows (types and the untyped row), or 2 (types alike), got "
+            f"{transform.num_rows}"
+        )
     if problem is not None:
         raise CheckpointError(f"model.safetensors: freeact.{name}: {problem}.")
     return transform

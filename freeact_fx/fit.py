@@ -23,15 +23,24 @@ from .round_group import (
 from .statistics import GroupStatistics
 from .transform import GroupTransform, PackedLinear
 
+# Ends the label of a plan that treats all types alike.
+_ALIKE = ", types alike"
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan fitted to a group. ``branch`` comes twice: with shared columns, and with own columns by type."""
+    """A plan fitted to a group. ``branch`` comes twice: with shared columns, and with own columns by type.
+
+    moments  that it was fitted to; with ``auto`` a shifted plan comes with types and without (``_ALIKE``)
+    fitted   has a row for each type in any case
+    """
 
     label: str
+    moments: GroupMoments
     fitted: GroupTransform
     sides: list[WeightSide]
     predicted: ErrorsByLinear
+    predicted_mean: float
 
 
 @dataclass(frozen=True)
@@ -41,10 +50,7 @@ class Measured:
     candidate: Candidate
     linears: list[RoundedLinear]
     errors: ErrorsByLinear
-
-    @property
-    def error(self) -> float:
-        return mean_error(self.errors)
+    error: float  # their mean
 
 
 def fit_group(
@@ -65,18 +71,24 @@ def fit_group(
     config = statistics.config
     moments = GroupMoments.of(statistics.without_held_out())
     candidates = _fitted(_plans(moments), moments)
-    candidates.sort(key=lambda candidate: mean_error(candidate.predicted))
+    if config.plan == "auto" and config.num_types > 1:
+        alike = moments.alike()
+        plans = {n: r for n, r in _plans(alike).items() if n in ("shift", "branch")}
+        candidates += [replace(c, label=c.label + _ALIKE) for c in _fitted(plans, alike)]
+    candidates.sort(key=lambda candidate: candidate.predicted_mean)
     held_out = Sample.of(statistics, held_out=True)
 
     def round_(candidate: Candidate, *, by_gptq: bool) -> Measured:
-        linears = round_group(candidate.fitted, candidate.sides, moments, by_gptq=by_gptq)
-        return Measured(candidate, linears, measured_errors(candidate.fitted, linears, held_out))
+        linears = round_group(candidate.fitted, candidate.sides, candidate.moments, by_gptq=by_gptq)
+        errors = measured_errors(candidate.fitted, linears, held_out)
+        return Measured(candidate, linears, errors, mean_error(errors, moments))
 
     def clipped(candidate: Candidate) -> Candidate:
         # The weight side does not depend on clips.
         if not config.clip_search:
             return candidate
-        return replace(candidate, fitted=search_clip(candidate.fitted, statistics))
+        fitted = search_clip(candidate.fitted, candidate.moments.statistics)
+        return replace(candidate, fitted=fitted)
 
     tried = [round_(clipped(c), by_gptq=False) for c in candidates[: config.plans_measured]]
     best = min(tried, key=lambda m: m.error)
@@ -85,10 +97,10 @@ def fit_group(
         finalists += [m for m in tried if m.candidate.label == "single"] or [
             round_(clipped(c), by_gptq=False) for c in candidates if c.label == "single"
         ]
-    for label, fitted in [(m.candidate.label, m.candidate.fitted) for m in finalists]:
-        refined = refine(fitted, moments.statistics)
-        if refined is not fitted:
-            candidate = _candidate(label, refined, moments)
+    for candidate in [m.candidate for m in finalists]:
+        refined = refine(candidate.fitted, candidate.moments.statistics)
+        if refined is not candidate.fitted:
+            candidate = _candidate(candidate.label, refined, candidate.moments)
             finalists.append(round_(candidate, by_gptq=False))
     if config.gptq:
         finalists += [round_(m.candidate, by_gptq=True) for m in finalists]
@@ -98,11 +110,14 @@ def fit_group(
         "error": best.errors,
         "predicted": best.candidate.predicted,
         "plans": {
-            c.label: {"predicted": mean_error(c.predicted), "measured": measured.get(c.label)}
+            c.label: {"predicted": c.predicted_mean, "measured": measured.get(c.label)}
             for c in candidates
         },
     }
-    return best.candidate.fitted, [linear.packed() for linear in best.linears], report
+    fitted, packed = best.candidate.fitted, [linear.packed() for linear in best.linears]
+    if best.candidate.label.endswith(_ALIKE):
+        return fitted.alike(), [linear.alike() for linear in packed], report
+    return fitted, packed, report
 
 
 def _plans(moments: GroupMoments) -> dict[str, int]:
@@ -161,4 +176,4 @@ def _candidate(label: str, fitted: GroupTransform, moments: GroupMoments) -> Can
     rest = [side.rest for side in sides]
     branches = [side.branch for side in sides if side.branch is not None]
     predicted = predicted_errors(fitted, rest, moments, branches)
-    return Candidate(label, fitted, sides, predicted)
+    return Candidate(label, moments, fitted, sides, predicted, mean_error(predicted, moments))

@@ -6,7 +6,7 @@ and the closed form add far more than that to the diagonal.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +51,11 @@ class GroupMoments:
             own = moments.own(index, centred=False)
             moments.energies[index] = [float(torch.vdot(own.flatten(), g.flatten())) for g in grams]
         return moments
+
+    def alike(self) -> GroupMoments:
+        """The same for plans that treat all types alike."""
+        shared = {key: made for key, made in self._made.items() if not key[1]}
+        return replace(self, statistics=self.statistics.alike(), _made=shared)
 
     @property
     def seen(self) -> list[int]:

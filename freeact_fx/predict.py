@@ -81,9 +81,20 @@ def _rounding_of(branch: Tensor) -> Tensor:
     return (codes * scale.unsqueeze(1) - branch).float()
 
 
-def mean_error(errors: ErrorsByLinear) -> float:
-    """Relative error of a group: types count alike, and so do its Linears."""
-    return sum(sum(by_type.values()) / len(by_type) for by_type in errors.values()) / len(errors)
+def mean_error(errors: ErrorsByLinear, moments: GroupMoments) -> float:
+    """Relative error of a group: types count as much as in its mixtures (``GroupMoments.type_weights``), Linears alike.
+
+    errors  of the Linears of ``moments``, in their order
+    """
+    names = (*moments.statistics.config.type_names, "untyped")
+    total = 0.0
+    for j, by_type in enumerate(errors.values()):
+        parts = {
+            names[t]: weight * moments.energies[t][j] for t, weight in moments.type_weights.items()
+        }
+        error = sum(parts[name] * error for name, error in by_type.items())
+        total += error / max(sum(parts[name] for name in by_type), 1e-30)
+    return total / len(errors)
 
 
 def ranking_share(statistics: Mapping[str, Any], tolerance: float = 0.05) -> float:

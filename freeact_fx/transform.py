@@ -68,6 +68,8 @@ class GroupTransform:
     The weight side follows from them: slice i of the weight is multiplied by ``(L_i^+ kron R_i^-1) / s``. All tensors
     are fp32; the shift may be bf16 and the branch int8 (``reference.branch_codes``), since the weight side makes up for
     whatever they are. ``slice_of_type[t]`` is the K slice of type t; ``widths`` are the columns of each left factor.
+
+    A group may treat all types alike: P is 2 then, whatever the number of types.
     """
 
     plan: str
@@ -99,6 +101,17 @@ class GroupTransform:
         """The operands that are there, by field name."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    @property
+    def is_typed(self) -> bool:
+        """Whether it asks for types."""
+        return self.num_rows > 2
+
+    def alike(self) -> GroupTransform:
+        """The same without types, if all types' rows agree."""
+        shift = None if self.shift is None else _ends(self.shift)
+        slices = (self.slice_of_type[0], self.slice_of_type[-1])
+        return replace(self, clip=_ends(self.clip), shift=shift, slice_of_type=slices)
 
     def to(self, device: torch.device) -> GroupTransform:
         moved: dict[str, Any] = {name: t.to(device) for name, t in self.tensors().items()}
@@ -199,6 +212,15 @@ class PackedLinear:
     def tensors(self) -> dict[str, Tensor]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
+
+    def alike(self) -> PackedLinear:
+        """The same without types, if all types' rows agree."""
+        return replace(self, bias_table=None if self.bias_table is None else _ends(self.bias_table))
+
+
+def _ends(table: Tensor) -> Tensor:
+    """The first type's row of a table [P, ..], and the untyped one."""
+    return torch.stack([table[0], table[-1]])
 
 
 def quantize_weight(weight: Tensor, *, search: bool) -> tuple[Tensor, Tensor]:

@@ -147,7 +147,9 @@ def _quantised_linear(
     call = editor.call
     default_type, types = o["default_type"], None
     untyped = len(o["slice_of_type"]) - 1
-    if linear.state == "refused":
+    if editor.config.num_types > 1 and untyped == 1:
+        pass  # the group treats all types alike, known or not
+    elif linear.state == "refused":
         default_type = untyped
     elif linear.types is not None and editor.config.num_types > 1:
         types = type_tensors.of(linear.types, linear.x)

@@ -107,7 +107,10 @@ class _Recorder:
                 name = self._names.get(id(weight), linear.name)
                 if name in self._groups:
                     found = self._transform_of(name, linear, weight, packer)
-                    default = config.num_types if linear.state == "refused" else 0
+                    known = linear.state != "refused" or (
+                        config.num_types > 1 and not found.is_typed
+                    )
+                    default = 0 if known else config.num_types
                     labels = (*config.type_names, "untyped")
                     group = self._groups[name]
                     return lambda x, types: self._take(group, found, labels, default, x, types)
@@ -161,6 +164,7 @@ class _Recorder:
 
 def _rounded_values(t: GroupTransform, rows: Tensor, index: int) -> Tensor:
     """What is rounded of tokens [m, K] of type ``index``: their slice of the transformed values, [m, w]."""
+    index = index if index < t.num_rows else 0  # the group treats all types alike
     z, _ = transform(
         rows,
         None,

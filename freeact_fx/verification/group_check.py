@@ -163,8 +163,13 @@ class GroupCheck:
         return all(width == self.transform.left.shape[0] for width in self.transform.widths)
 
     @property
+    def is_alike(self) -> bool:
+        """Whether there are types, and the group treats all of them alike."""
+        return self.config.num_types > 1 and not self.transform.is_typed
+
+    @property
     def row_names(self) -> tuple[str, ...]:
-        return (*self.config.type_names, "untyped")
+        return (*(("all types",) if self.is_alike else self.config.type_names), "untyped")
 
     @property
     def seen(self) -> list[int]:
@@ -172,8 +177,11 @@ class GroupCheck:
         return [i for i, e in enumerate(self.linears[0].rounded.energy.tolist()) if e]
 
     def calibrated(self, linear: str, row: int) -> float | None:
-        """The relative L2 error that calibration measured on tokens that it had held out."""
-        found = self.statistics.get("error", {}).get(linear, {}).get(self.row_names[row])
+        """The relative L2 error that calibration measured on tokens that it had held out; of all types together that
+        of the worst one."""
+        by_type = self.statistics.get("error", {}).get(linear, {})
+        name = self.row_names[row]
+        found = max(by_type.values(), default=None) if name == "all types" else by_type.get(name)
         return None if found is None else math.sqrt(found)
 
     # ------------------------------------------------------------------ measuring
@@ -214,15 +222,15 @@ class GroupCheck:
 
     def rows_of(self, types: Tensor | None, x: Tensor) -> Tensor:
         """Rows of the tables that the tokens of an activation use."""
-        if types is not None:
+        if types is not None and not self.is_alike:
             return types.long().to(x.device)
-        row = len(self.row_names) - 1 if self.state == "refused" else 0
+        row = len(self.row_names) - 1 if self.state == "refused" and not self.is_alike else 0
         return torch.full(x.shape[:-1], row, device=x.device)
 
     def _depends_on_type(self) -> bool:
         t = self.transform
         by_table = t.shift is not None or t.own_rank or len(set(t.slice_of_type)) > 1
-        return bool(by_table) and self.config.num_types > 1
+        return bool(by_table) and self.config.num_types > 1 and not self.is_alike
 
     def _transformed(
         self, u: Tensor, rows: Tensor, transform: GroupTransform

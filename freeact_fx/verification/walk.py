@@ -349,7 +349,7 @@ class _Verifier:
                 continue
             transform, packed = found
             transforms[id(transform)], facts[id(transform)] = transform, fact
-            linear = LinearCheck.of(name, dense, bias, packed, config.num_types + 1)
+            linear = LinearCheck.of(name, dense, bias, packed, transform.num_rows)
             by_transform.setdefault(id(transform), []).append(linear)
         for key, members in by_transform.items():
             statistics = self.subject.statistics_of(members[0].name)
@@ -465,11 +465,9 @@ class _Verifier:
         entry = self.subject.carried.linears.get(name)
         if entry is None:
             return
-        config = self.subject.config
-        linear = LinearCheck.of(name, None, None, entry.packed, config.num_types + 1)
-        check = GroupCheck(
-            self.subject.carried.groups[entry.group], [linear], config, fact.state, {}
-        )
+        transform = self.subject.carried.groups[entry.group]
+        linear = LinearCheck.of(name, None, None, entry.packed, transform.num_rows)
+        check = GroupCheck(transform, [linear], self.subject.config, fact.state, {})
         self.linears[name] = (check, linear)
 
     def _tap(
