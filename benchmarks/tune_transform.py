@@ -1,4 +1,4 @@
-"""How many registers should a program of Hopper's transform have, and should it prepare the next token early?
+"""How many registers should a program of Hopper's transform have, and how far ahead should it be?
 
     python benchmarks/tune_transform.py
     python benchmarks/tune_transform.py --tokens 8192 --features 3584 4096 --before nothing RMSNorm
@@ -30,15 +30,20 @@ _PER_WARP = 8  # registers of a thread come in groups of
 
 
 def candidates(chosen: HopperTransformTile) -> Iterator[HopperTransformTile]:
-    """The chosen tile; one program more and one less, with the registers that they leave; each ahead or not."""
+    """The chosen tile; one program more and one less, with the registers that they leave; each with tokens on their way
+    to registers, to shared memory, or prepared ahead."""
     yield chosen
     threads = 32 * chosen.num_warps
     for programs in range(max(1, chosen.per_multiprocessor - 1), chosen.per_multiprocessor + 2):
         registers = min(255, _REGISTERS // (programs * threads) // _PER_WARP * _PER_WARP)
-        for ahead in (False, True):
-            tile = replace(chosen, registers=registers, per_multiprocessor=programs, ahead=ahead)
-            if tile != chosen:
-                yield tile
+        tile = replace(chosen, registers=registers, per_multiprocessor=programs, ahead=False)
+        in_shared = range(chosen.tokens_ahead + 2) if chosen.tokens_ahead else (0,)
+        for other in (
+            *(replace(tile, tokens_ahead=number) for number in in_shared),
+            replace(tile, ahead=True, tokens_ahead=0),
+        ):
+            if other != chosen:
+                yield other
 
 
 @torch.no_grad()
@@ -78,6 +83,7 @@ def measure(bench: Bench, num_tokens: int, features: str, before: str) -> None:
         wait([pool.submit(call, tokens[0], tile) for tile in candidates(chosen)])
     for tile in candidates(chosen):
         name = f"{tile.registers:3} registers x {tile.per_multiprocessor}"
+        name += f" {tile.tokens_ahead} in shared" if tile.tokens_ahead else ""
         name += (" ahead" if tile.ahead else "") + (" (chosen)" if tile == chosen else "")
         try:
             same = all(map(torch.equal, call(tokens[0], tile), first))

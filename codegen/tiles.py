@@ -262,6 +262,8 @@ class HopperTransformTile:
     registers           of a thread, at most
     per_multiprocessor  programs that a multiprocessor gets
     ahead               whether a program prepares a token while it makes the codes of the one before
+    tokens_ahead        that are on their way to shared memory; 0: one is, to registers
+    one_token_each      programs of one token that a multiprocessor has room for
     """
 
     rows: int
@@ -271,12 +273,14 @@ class HopperTransformTile:
     registers: int
     per_multiprocessor: int
     ahead: bool
+    tokens_ahead: int
+    one_token_each: int
 
-    @property
-    def of_one_token(self) -> HopperTransformTile:
-        """For programs that have no next token to be ahead with. With it on a multiprocessor fits a product's tile of
-        few tokens: the product before may still run, and the one after begin."""
-        return replace(self, ahead=False, registers=min(self.registers, 1280 // self.num_warps))
+    def of_one_token(self, per_multiprocessor: int) -> HopperTransformTile:
+        """For so many programs that have no next token to be ahead with. Beside one on a multiprocessor fits a
+        product's tile of few tokens: the product before may still run, and the one after begin."""
+        registers = min(1280, 2048 // per_multiprocessor) // self.num_warps
+        return replace(self, ahead=False, tokens_ahead=0, registers=min(self.registers, registers))
 
 
 @functools.cache
@@ -298,10 +302,13 @@ def hopper_transform_tile(
     size = max(rows, sum(rows_in)) * sum(columns)
     if prologue == "gelu" and size > 64 * 64:  # the error function spills registers
         return None
+    tokens_ahead = 0
     if size <= 64 * 64:
         # So many programs hide each other's waiting that none has to work ahead.
         registers, programs = (96, 5) if prologue == "none" else (128, 4)
         ahead = False
+        if d2 % 8 == 0 and not (rows_in[1] or columns[1]):  # one piece, for the copy engine
+            tokens_ahead = 2
     elif size <= 64 * 128:
         registers, programs = (168, 3) if size <= 64 * 96 else (255, 2)
         if rows == 128:
@@ -309,18 +316,37 @@ def hopper_transform_tile(
         ahead = True
     else:
         registers, programs, ahead = 255, 1, True
-    num_slices, num_tokens = len(widths), 2 if ahead else 1
-    factors = num_slices * (sum(rows_in) * rows + sum(columns) ** 2)
-    shared_bytes = 2 * (factors + num_tokens * sum(rows_in) * sum(columns))
-    if columns[1]:  # scales of channels
-        shared_bytes += 2 * sum(rows_in) * sum(columns)
+    factors = len(widths) * (sum(rows_in) * rows + sum(columns) ** 2)
+    token_bytes = 2 * sum(rows_in) * sum(columns)
+    shared_bytes = 2 * factors + token_bytes
     if d2 % 16:  # codes
         shared_bytes += rows * sum(columns)
-    # The chip keeps a KiB for each program.
-    programs = min(programs, (_SHARED_BYTES[90] + 1024) // (shared_bytes + 1024 + 128))
+    one_token_each = _room(shared_bytes)
+    if ahead:
+        shared_bytes += token_bytes
+    if columns[1]:  # scales of channels
+        shared_bytes += token_bytes
+    programs = min(programs, _room(shared_bytes + tokens_ahead * token_bytes))
     if programs == 0:
         return None
-    return HopperTransformTile(rows, columns, rows_in, rows // 16, registers, programs, ahead)
+    num_warps = rows // 16
+    one_token_each = max(programs, min(one_token_each, 16 // num_warps))
+    return HopperTransformTile(
+        rows,
+        columns,
+        rows_in,
+        num_warps,
+        registers,
+        programs,
+        ahead,
+        tokens_ahead,
+        one_token_each,
+    )
+
+
+def _room(shared_bytes: int) -> int:
+    """Programs of so much shared memory that a Hopper's multiprocessor has room for: it keeps a KiB for each."""
+    return (_SHARED_BYTES[90] + 1024) // (shared_bytes + 1024 + 128)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ and B of two powers of two where one would be mostly padding (96 = 64 + 32); B m
 activation) is that of ``transform_prologue``.
 
 A program works on one token at a time. While it waits, others of the multiprocessor work, as many as there are
-registers for; or, if tokens are wide, the program itself is ahead (``HopperTransformTile.ahead``): it prepares the next
-token while the second product of this one is computed, and makes the codes of this one during the next one's first.
+registers for, and the copy engine brings its next tokens to shared memory; or, if tokens are wide, the program itself
+is ahead (``HopperTransformTile.ahead``): it prepares the next token while the second product of this one is computed,
+and makes the codes of this one during the next one's first. With a token for each program there is no next one: what
+it needs is asked for all at once, and what the kernel before has no part in before that one is done.
 
 An RMS norm divides codes and scale alike: z is made of x, and from x the norm times the shift is taken away. So there
 is nothing to multiply a token with before the transform, and less is rounded.
@@ -24,6 +26,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +35,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
+    mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from freeact_fx.codegen.prologue import NO_PROLOGUE, Prologue
 from freeact_fx.codegen.tiles import HopperTransformTile, hopper_transform_tile
@@ -56,7 +63,8 @@ from .stream_order import allow_next_kernel, wait_for_previous_kernel
 from .transform_quantize import rows_in_memory
 
 SMALLEST = gl.constexpr(1e-30)
-# Triton 3.9 has a new name for it.
+# Triton 3.9 has new names for both.
+_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
@@ -241,20 +249,36 @@ def slice_of(token_type, SLICE_OF_TYPE: gl.constexpr, NUM_SLICES: gl.constexpr):
 
 
 @gluon.jit
-def fetch_row(row_ptr, K: gl.constexpr, num_warps: gl.constexpr):
-    """Ask for the lines of a row [K]."""
-    SIZE: gl.constexpr = 2 ** log2(2 * K - 1)
-    LINE: gl.constexpr = 1024 // row_ptr.dtype.element_ty.primitive_bitwidth
+def fetch(ptr, NUMBER: gl.constexpr, num_warps: gl.constexpr):
+    """Ask for the lines of neighbouring values, as far as the L2 cache.
+
+    By loads that nobody waits for: an instruction for it exists, and takes as long as a dozen of loads.
+    """
+    LINE: gl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth
+    LINES: gl.constexpr = (NUMBER + LINE - 1) // LINE
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
-    place = gl.minimum(gl.arange(0, SIZE // LINE, layout) * LINE, K - 1)
+    place = gl.minimum(gl.arange(0, 2 ** log2(2 * LINES - 1), layout) * LINE, NUMBER - 1)
     gl.inline_asm_elementwise(
-        "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+        "{ .reg .b16 unused; ld.volatile.global.L2::128B.b8 unused, [$1]; mov.b32 $0, 0; }",
         "=r,l",
-        [(row_ptr + place).to(gl.int64)],
+        [(ptr + place).to(gl.int64)],
         dtype=gl.int32,
         is_pure=False,
         pack=1,
     )
+
+
+@gluon.jit
+def copy_token(x_rows, x_ring, arrived, number, token, M):
+    """Ask the copy engine for a token, if there is one, as the ``number``-th of this program."""
+    TOKENS_AHEAD: gl.constexpr = x_ring.shape[0]
+    NUM_BYTES: gl.constexpr = (
+        x_ring.shape[2] * x_ring.shape[3] * x_ring.dtype.primitive_bitwidth // 8
+    )
+    if token < M:
+        slot = number % TOKENS_AHEAD
+        mbarrier.expect(arrived.index(slot), NUM_BYTES)
+        _load(x_rows, [token, 0, 0], arrived.index(slot), x_ring.index(slot))
 
 
 @gluon.jit
@@ -406,7 +430,7 @@ def load_token(row, place):
 
 @gluon.jit
 def unpacked(x, dtype: gl.constexpr, num_warps: gl.constexpr):
-    if dtype.primitive_bitwidth == 16:
+    if x.dtype != dtype:
         even, odd = gl.inline_asm_elementwise(
             "mov.b32 {$0, $1}, $2;",
             "=h,=h,r",
@@ -424,18 +448,22 @@ def unpacked(x, dtype: gl.constexpr, num_warps: gl.constexpr):
 
 
 @gluon.jit
-def begun(x, other_row, total_row, place, PROLOGUE: gl.constexpr):
-    """A piece of a token, plus its residual or through its activation function."""
+def begun(x, other, other_row, total_row, place, PROLOGUE: gl.constexpr):
+    """A piece of a token, plus its residual or through its activation function.
+
+    other  None: it is in other_row
+    """
     offset, inside = place
+    if other is None and other_row is not None:
+        other = load_once(other_row, place)
     if total_row is not None:
         # Of two bf16 the compiler makes one addition in bf16, and of two of those one instruction.
-        other = load_once(other_row, place).to(gl.float32)
-        x = (x.to(gl.float32) + other).to(total_row.dtype.element_ty)
+        x = (x.to(gl.float32) + other.to(gl.float32)).to(total_row.dtype.element_ty)
         gl.store(total_row + offset, x, inside)
     elif PROLOGUE != "none" and PROLOGUE != "rms" and PROLOGUE != "layer":
         x = activation(to_fp32(x), PROLOGUE)
-        if other_row is not None:
-            x *= to_fp32(load_once(other_row, place))
+        if other is not None:
+            x *= to_fp32(other)
     return x
 
 
@@ -492,6 +520,7 @@ def put_token(
     tile_b,
     x_a,
     x_b,
+    others,
     token,
     token_type,
     tables,
@@ -517,11 +546,7 @@ def put_token(
         total_row += token.to(gl.int64) * K
     if shift_ptr is not None:
         shift_row += token_type * K
-    x_a = unpacked(x_a, DTYPE, num_warps)
-    x_a = begun(x_a, other_row, total_row, place_a, PROLOGUE)
-    if HAS_B:
-        x_b = unpacked(x_b, DTYPE, num_warps)
-        x_b = begun(x_b, other_row, total_row, place_b, PROLOGUE)
+    other_a, other_b = others
     # Before the norm's barrier, so that both are waited for at a time.
     EARLY: gl.constexpr = PROLOGUE == "rms"
     shift_a, shift_b = shift_row, shift_row
@@ -529,6 +554,11 @@ def put_token(
         shift_a = load_again(shift_row, place_a)
         if HAS_B:
             shift_b = load_again(shift_row, place_b)
+    x_a = unpacked(x_a, DTYPE, num_warps)
+    x_a = begun(x_a, other_a, other_row, total_row, place_a, PROLOGUE)
+    if HAS_B:
+        x_b = unpacked(x_b, DTYPE, num_warps)
+        x_b = begun(x_b, other_b, other_row, total_row, place_b, PROLOGUE)
     if PROLOGUE == "layer":
         mean = sum_in_threads(to_fp32(x_a), num_warps)
         if HAS_B:
@@ -690,6 +720,7 @@ def put_codes(
 @gluon.jit
 def hopper_transform_quantize_kernel(
     x_ptr,  # [M, K] floating
+    x_rows,  # descriptor of the same [M, D1, D2], or None: TOKENS_AHEAD is 0
     other_ptr,  # [M, K] floating, or None: residual or multiplier, see Prologue
     total_ptr,  # [M, K] floating, or None
     weight_ptr,  # [K] floating, or None
@@ -718,6 +749,7 @@ def hopper_transform_quantize_kernel(
     IN_A: gl.constexpr,
     IN_B: gl.constexpr,
     AHEAD: gl.constexpr,
+    TOKENS_AHEAD: gl.constexpr,
     ONE_EACH: gl.constexpr,
     PROLOGUE: gl.constexpr,
     EPS: gl.constexpr,
@@ -736,11 +768,14 @@ def hopper_transform_quantize_kernel(
     FIRST_COLUMN_B: gl.constexpr = COLUMNS if COLUMNS_B > 0 else 0
     FIRST_ROW_B: gl.constexpr = IN_A if IN_B > 0 else 0
     TURNS: gl.constexpr = 2 if AHEAD else 1
-    gl.static_assert(not (AHEAD and ONE_EACH))
-    # Two pieces of columns leave no registers for the channels' scales.
-    SCALE_IN_SHARED: gl.constexpr = COLUMNS_B > 0
+    IN_REGISTERS: gl.constexpr = TOKENS_AHEAD == 0
+    gl.static_assert(not ONE_EACH or (IN_REGISTERS and not AHEAD))
+    gl.static_assert(IN_REGISTERS or not (AHEAD or HAS_B))
+    # Two pieces of columns leave no registers for the channels' scales, nor does a token that is there all at once.
+    SCALE_IN_SHARED: gl.constexpr = COLUMNS_B > 0 or ONE_EACH
     allow_next_kernel()
-    # What does not depend on the kernel before: both factors, for each slice. A norm's weight might.
+    # What does not depend on the kernel before: both factors, for each slice, and the scales of channels. A norm's
+    # weight might.
     left_a = bf16_tiles(NUM_SLICES, IN_A, ROWS)
     right_aa = bf16_tiles(NUM_SLICES, COLUMNS, COLUMNS)
     left_b, right_ba, right_ab, right_bb = left_a, right_aa, right_aa, right_aa
@@ -760,6 +795,52 @@ def hopper_transform_quantize_kernel(
             put_right(right_ba.index(s), right, COLUMNS, 0, D2, num_warps)
             put_right(right_ab.index(s), right, 0, COLUMNS, D2, num_warps)
             put_right(right_bb.index(s), right, COLUMNS, COLUMNS, D2, num_warps)
+    layout_a: gl.constexpr = memory_layout(IN_A, COLUMNS, num_warps)
+    place_a = place_of(0, IN_A, 0, COLUMNS, D1, D2, layout_a)
+    in_x: gl.constexpr = layout_of_registers(layout_a, DTYPE)
+    PAIR: gl.constexpr = 2 if DTYPE.primitive_bitwidth == 16 else 1
+    x_place_a = place_of(0, IN_A, 0, COLUMNS // PAIR, D1, D2 // PAIR, in_x)
+    place_b, x_place_b = place_a, x_place_a
+    if HAS_B:
+        layout_b: gl.constexpr = memory_layout(ROWS_B, WIDTH_B, num_warps)
+        place_b = place_of(FIRST_ROW_B, ROWS_B, FIRST_COLUMN_B, WIDTH_B, D1, D2, layout_b)
+        in_x_b: gl.constexpr = layout_of_registers(layout_b, DTYPE)
+        x_place_b = place_of(
+            FIRST_ROW_B, ROWS_B, FIRST_COLUMN_B // PAIR, WIDTH_B // PAIR, D1, D2 // PAIR, in_x_b
+        )
+    tokens_a = bf16_tiles(TURNS, IN_A, COLUMNS)
+    tokens_b = tokens_a
+    if HAS_B:
+        tokens_b = bf16_tiles(TURNS, ROWS_B, WIDTH_B)
+    channel_scale_a, channel_scale_b = channel_scale_ptr, channel_scale_ptr
+    if channel_scale_ptr is not None:
+        channel_scale_a = load_channels(channel_scale_ptr, place_a, 0.0)
+        if HAS_B:
+            channel_scale_b = load_channels(channel_scale_ptr, place_b, 0.0)
+        if SCALE_IN_SHARED:
+            # One token alone comes where they were: each thread has taken its own.
+            scale_tile_a, scale_tile_b = tokens_a.index(0), tokens_b.index(0)
+            if not ONE_EACH:
+                scale_tile_a = row_major(gl.bfloat16, IN_A, COLUMNS)
+                if HAS_B:
+                    scale_tile_b = row_major(gl.bfloat16, ROWS_B, WIDTH_B)
+            scale_tile_a.store(channel_scale_a)
+            channel_scale_a = scale_tile_a
+            if HAS_B:
+                scale_tile_b.store(channel_scale_b)
+                channel_scale_b = scale_tile_b
+    if ONE_EACH:
+        fetch(clip_ptr, NUM_TYPES, num_warps)
+        if shift_ptr is not None:
+            fetch(shift_ptr, NUM_TYPES * K, num_warps)
+        if weight_ptr is not None:
+            fetch(weight_ptr, K, num_warps)
+    x_ring, arrived = left_a, left_a
+    if not IN_REGISTERS:
+        x_ring = gl.allocate_shared_memory(DTYPE, [TOKENS_AHEAD, 1, IN_A, COLUMNS], x_rows.layout)
+        arrived = gl.allocate_shared_memory(gl.int64, [TOKENS_AHEAD, 1], mbarrier.MBarrierLayout())
+        for number in gl.static_range(TOKENS_AHEAD):
+            mbarrier.init(arrived.index(number), count=1)
     wait_for_previous_kernel()
     # What the warps tell each other: two sums and a maximum.
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
@@ -774,33 +855,30 @@ def hopper_transform_quantize_kernel(
             even_b = row_major(gl.int8, ROWS, COLUMNS_B // 2)
             odd_b = row_major(gl.int8, ROWS, COLUMNS_B // 2)
             exchange = (even_a, odd_a, even_b, odd_b)
-    tokens_a = bf16_tiles(TURNS, IN_A, COLUMNS)
-    tokens_b = tokens_a
-    layout_a: gl.constexpr = memory_layout(IN_A, COLUMNS, num_warps)
-    place_a = place_of(0, IN_A, 0, COLUMNS, D1, D2, layout_a)
-    in_x: gl.constexpr = layout_of_registers(layout_a, DTYPE)
-    PAIR: gl.constexpr = 2 if DTYPE.primitive_bitwidth == 16 else 1
-    x_place_a = place_of(0, IN_A, 0, COLUMNS // PAIR, D1, D2 // PAIR, in_x)
-    place_b, x_place_b = place_a, x_place_a
-    if HAS_B:
-        tokens_b = bf16_tiles(TURNS, ROWS_B, WIDTH_B)
-        layout_b: gl.constexpr = memory_layout(ROWS_B, WIDTH_B, num_warps)
-        place_b = place_of(FIRST_ROW_B, ROWS_B, FIRST_COLUMN_B, WIDTH_B, D1, D2, layout_b)
-        in_x_b: gl.constexpr = layout_of_registers(layout_b, DTYPE)
-        x_place_b = place_of(
-            FIRST_ROW_B, ROWS_B, FIRST_COLUMN_B // PAIR, WIDTH_B // PAIR, D1, D2 // PAIR, in_x_b
-        )
-    # What comes from DRAM is under way a token ahead: x, and its type, which says where the shift is, in registers, the
-    # rest as far as the L2 cache.
+    # What comes from DRAM is under way before it is needed: x, a token ahead in registers or more than one in shared
+    # memory; its type, which says where the shift is; the rest as far as the L2 cache.
     token = gl.program_id(0)
     here = gl.minimum(token, M - 1)  # the token in x
+    x_a, x_b = x_ptr, x_ptr
+    if IN_REGISTERS:
+        x_a = load_token(x_ptr + here.to(gl.int64) * x_stride, x_place_a)
+        if HAS_B:
+            x_b = load_token(x_ptr + here.to(gl.int64) * x_stride, x_place_b)
+    else:
+        for ahead in gl.static_range(TOKENS_AHEAD):
+            copy_token(x_rows, x_ring, arrived, ahead, token + ahead * gl.num_programs(0), M)
+    others = (None, None)
+    if ONE_EACH and other_ptr is not None:
+        other_row = other_ptr + here.to(gl.int64) * other_stride
+        other_a = load_once(other_row, place_a)
+        others = (other_a, other_a)
+        if HAS_B:
+            others = (other_a, load_once(other_row, place_b))
     type_here = type_of(type_ptr, here, DEFAULT_TYPE, NUM_TYPES)
-    x_a = load_token(x_ptr + here.to(gl.int64) * x_stride, x_place_a)
-    x_b = x_a
-    if HAS_B:
-        x_b = load_token(x_ptr + here.to(gl.int64) * x_stride, x_place_b)
-    weight_a, bias_a, channel_scale_a = weight_ptr, bias_ptr, channel_scale_ptr
-    weight_b, bias_b, channel_scale_b = weight_ptr, bias_ptr, channel_scale_ptr
+    clip = 1.0
+    if ONE_EACH:
+        clip = gl.load(clip_ptr + type_here)
+    weight_a, bias_a, weight_b, bias_b = weight_ptr, bias_ptr, weight_ptr, bias_ptr
     if weight_ptr is not None:
         weight_a = load_channels(weight_ptr, place_a, WEIGHT_OFFSET)
         if HAS_B:
@@ -809,25 +887,13 @@ def hopper_transform_quantize_kernel(
         bias_a = load_channels(bias_ptr, place_a, 0.0)
         if HAS_B:
             bias_b = load_channels(bias_ptr, place_b, 0.0)
-    if channel_scale_ptr is not None:
-        channel_scale_a = load_channels(channel_scale_ptr, place_a, 0.0)
-        if HAS_B:
-            channel_scale_b = load_channels(channel_scale_ptr, place_b, 0.0)
-    if channel_scale_ptr is not None and SCALE_IN_SHARED:
-        scale_tile_a = row_major(gl.bfloat16, IN_A, COLUMNS)
-        scale_tile_a.store(channel_scale_a)
-        channel_scale_a = scale_tile_a
-        if HAS_B:
-            scale_tile_b = row_major(gl.bfloat16, ROWS_B, WIDTH_B)
-            scale_tile_b.store(channel_scale_b)
-            channel_scale_b = scale_tile_b
     lefts = (left_a, left_b)
     rights = (right_aa, right_ba, right_ab, right_bb)
     tokens = (tokens_a, tokens_b)
     piece_a = (place_a, weight_a, bias_a, channel_scale_a)
     piece_b = (place_b, weight_b, bias_b, channel_scale_b)
     tables = (other_ptr, other_stride, total_ptr, shift_ptr)
-    turn = 0
+    turn, number = 0, 0
     if AHEAD:
         token_type = type_here
         unit = put_token(
@@ -835,6 +901,7 @@ def hopper_transform_quantize_kernel(
             tokens_b.index(0),
             x_a,
             x_b,
+            others,
             here,
             type_here,
             tables,
@@ -859,7 +926,7 @@ def hopper_transform_quantize_kernel(
         if HAS_B:
             x_b = load_token(x_ptr + here.to(gl.int64) * x_stride, x_place_b)
         if other_ptr is not None:
-            fetch_row(other_ptr + here.to(gl.int64) * other_stride, K, num_warps)
+            fetch(other_ptr + here.to(gl.int64) * other_stride, K, num_warps)
         y = waited_for(y)
         _barrier()
     # Not a for: out of one the compiler moves loads, which then fill the registers.
@@ -868,16 +935,23 @@ def hopper_transform_quantize_kernel(
             after = gl.minimum(here + gl.num_programs(0), M - 1)
             type_after = type_of(type_ptr, after, DEFAULT_TYPE, NUM_TYPES)
             if other_ptr is not None:
-                fetch_row(other_ptr + after.to(gl.int64) * other_stride, K, num_warps)
+                fetch(other_ptr + after.to(gl.int64) * other_stride, K, num_warps)
         if AHEAD:
             turn = 1 - turn
             in_slice = slice_of(token_type, SLICE_OF_TYPE, NUM_SLICES)
             z = second_product(y, rights, in_slice, num_warps)
+        token_a, token_b = x_a, x_b
+        if not IN_REGISTERS:
+            slot = number % TOKENS_AHEAD
+            mbarrier.wait(arrived.index(slot), (number // TOKENS_AHEAD) & 1)
+            token_a = x_ring.index(slot).reshape((IN_A, COLUMNS)).load(layout_a)
+            token_b = token_a
         unit_here = put_token(
             tokens_a.index(turn),
             tokens_b.index(turn),
-            x_a,
-            x_b,
+            token_a,
+            token_b,
+            others,
             here,
             type_here,
             tables,
@@ -894,11 +968,15 @@ def hopper_transform_quantize_kernel(
         )
         fence_async_shared()
         # Before the barrier, or the assembler would have them much later.
-        if not ONE_EACH:
+        if IN_REGISTERS and not ONE_EACH:
             x_a = load_token(x_ptr + after.to(gl.int64) * x_stride, x_place_a)
             if HAS_B:
                 x_b = load_token(x_ptr + after.to(gl.int64) * x_stride, x_place_b)
         _barrier()
+        if not IN_REGISTERS:
+            far = token + TOKENS_AHEAD * gl.num_programs(0)
+            copy_token(x_rows, x_ring, arrived, number + TOKENS_AHEAD, far, M)
+            number += 1
         if AHEAD:
             z = waited_for(z)
         in_slice = slice_of(type_here, SLICE_OF_TYPE, NUM_SLICES)
@@ -908,10 +986,12 @@ def hopper_transform_quantize_kernel(
             y = waited_for(y)
             z = second_product(y, rights, in_slice, num_warps)
             z = waited_for(z)
+        if not ONE_EACH:
+            clip = gl.load(clip_ptr + token_type)
         put_codes(
             z,
             unit,
-            gl.load(clip_ptr + token_type),
+            clip,
             codes_ptr + token.to(gl.int64) * (WIDTH * D2),
             scale_ptr + token,
             maxima,
@@ -966,10 +1046,21 @@ def hopper_transform_quantize(
     other = None if prologue.other is None else rows_in_memory(prologue.other)
     optional = (prologue.weight, prologue.bias, token_type, shift, channel_scale)
     contiguous = (None if t is None else t.contiguous() for t in optional)
-    num_programs = _num_programs(x.device, tile)
-    one_each = num_tokens <= num_programs
+    num_multiprocessors = _num_multiprocessors(x.device)
+    num_programs = (
+        tile.per_multiprocessor * num_multiprocessors
+    )  # each keeps the factors and walks over tokens
+    of_one_multiprocessor = -(-num_tokens // num_multiprocessors)
+    one_each = of_one_multiprocessor <= tile.one_token_each
     if one_each:
-        tile = tile.of_one_token
+        tile, num_programs = tile.of_one_token(of_one_multiprocessor), num_tokens
+    elif x.element_size() != 2 or (x.data_ptr() | 2 * x.stride(0)) % 16:
+        tile = replace(
+            tile, tokens_ahead=0
+        )  # the copy engine takes aligned rows, and there is room for 16 bits
+    x_rows = None
+    if tile.tokens_ahead:
+        x_rows = TensorDescriptor.from_tensor(x.unflatten(1, (d1, d2)), *box_of_token(tile))
     launch = _launch_of(
         d1,
         d2,
@@ -987,6 +1078,7 @@ def hopper_transform_quantize(
         x.device,
         min(num_tokens, num_programs),
         x,
+        x_rows,
         other,
         prologue.total,
         *contiguous,
@@ -1000,6 +1092,12 @@ def hopper_transform_quantize(
         0 if other is None else other.stride(0),
     )
     return result
+
+
+def box_of_token(tile: HopperTransformTile) -> tuple[list[int], Any]:
+    """Shape of a padded token [1, D1, D2] of 16 bits, and its layout in shared memory."""
+    box = [1, tile.rows_in[0], tile.columns[0]]
+    return box, gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16)
 
 
 @functools.cache
@@ -1031,6 +1129,7 @@ def _launch_of(
         IN_A=tile.rows_in[0],
         IN_B=tile.rows_in[1],
         AHEAD=tile.ahead,
+        TOKENS_AHEAD=tile.tokens_ahead,
         ONE_EACH=one_each,
         PROLOGUE=prologue,
         EPS=eps,
@@ -1043,6 +1142,5 @@ def _launch_of(
 
 
 @functools.cache
-def _num_programs(device: torch.device, tile: HopperTransformTile) -> int:
-    """As many as are on the chip at a time; each keeps the factors and walks over tokens."""
-    return tile.per_multiprocessor * torch.cuda.get_device_properties(device).multi_processor_count
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

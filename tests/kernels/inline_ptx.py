@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF
-_NOTHING = ("prefetch.", "griddepcontrol.")
+_NOTHING = ("ld.volatile.", "griddepcontrol.")
 
 
 class UnknownInstruction(ValueError):

@@ -54,7 +54,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         module._launch_of.cache_clear()
     monkeypatch.setattr(hopper_int_mm, "_num_multiprocessors", lambda device: 3)
     monkeypatch.setattr(hopper_int_mm, "counters", lambda device, number, first: counter[first:])
-    monkeypatch.setattr(hopper_transform_quantize, "_num_programs", lambda device, tile: 3)
+    monkeypatch.setattr(hopper_transform_quantize, "_num_multiprocessors", lambda device: 1)
     yield
     for module in modules:
         module._launch_of.cache_clear()
@@ -164,17 +164,19 @@ def test_transform_of_slices(plan: str, num_features: int, num_types: int, kind:
     check(x, prologue, narrow, types, 448)
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 10])
-def test_transform_by_tokens(num_tokens: int, ahead: bool) -> None:
+@pytest.mark.parametrize(
+    ("ahead", "tokens_ahead"), [(False, 0), (False, 1), (False, 2), (False, 3), (True, 0)]
+)
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 10, 21])
+def test_transform_by_tokens(num_tokens: int, ahead: bool, tokens_ahead: int) -> None:
     """Three programs that prepare the next token early or not, if there is a next one."""
     tile = hopper_transform_tile(56, (56,), 64, "rms")
     assert tile is not None
+    tile = replace(tile, ahead=ahead, tokens_ahead=tokens_ahead)
+    tile = replace(tile, per_multiprocessor=3, one_token_each=3)
     x = torch.randn(num_tokens, 3584).bfloat16()
     prologue, t = random_prologue("rms of a sum", x), random_transform("shift", 3584, 2, seed=1)
-    total = check(
-        x, prologue, t, torch.randint(-1, 3, (num_tokens,)), 7, replace(tile, ahead=ahead)
-    )
+    total = check(x, prologue, t, torch.randint(-1, 3, (num_tokens,)), 7, tile)
     assert prologue.other is not None
     assert torch.equal(total, x + prologue.other)
 

@@ -23,7 +23,10 @@ from offline import (
 from freeact_fx.codegen.kernels import hopper_branch_quantize
 from freeact_fx.codegen.kernels.branch_table import branch_table_kernel
 from freeact_fx.codegen.kernels.hopper_int_mm import hopper_linear_kernel, layouts, registers
-from freeact_fx.codegen.kernels.hopper_transform_quantize import hopper_transform_quantize_kernel
+from freeact_fx.codegen.kernels.hopper_transform_quantize import (
+    box_of_token,
+    hopper_transform_quantize_kernel,
+)
 from freeact_fx.codegen.kernels.int_mm import int_mm_kernel
 from freeact_fx.codegen.kernels.transform_quantize import transform_quantize_kernel
 from freeact_fx.codegen.tiles import (
@@ -352,14 +355,17 @@ def test_hopper_transform(
     tile = hopper_transform_tile(shape[0], widths, shape[1], prologue.split()[0])
     assert tile is not None
     if not many:
-        tile = tile.of_one_token
+        tile = tile.of_one_token(tile.one_token_each)
     factors = dict.fromkeys(("channel_scale_ptr", "left_ptr", "right_ptr", "clip_ptr"), "*fp32")
     pointers = {"x_ptr": "*bf16", "shift_ptr": "*bf16", "codes_ptr": "*i8" if qmax else "*bf16"}
     types = {"type_ptr": "*i32"}
+    box, layout = box_of_token(tile)
+    rows = {"x_rows": f"tensordesc<bf16{box},{layout!r}>"}
     compiled = compile_gluon(
         hopper_transform_quantize_kernel,
         arguments={
             **pointers,
+            **(rows if tile.tokens_ahead else {}),
             **(types if typed else {}),
             **factors,
             "scale_ptr": "*fp32",
@@ -368,6 +374,7 @@ def test_hopper_transform(
         },
         constants=constants_of(prologue)
         | ({} if typed else dict.fromkeys(types))
+        | ({} if tile.tokens_ahead else dict.fromkeys(rows))
         | {
             "D1": shape[0],
             "D2": shape[1],
@@ -382,6 +389,7 @@ def test_hopper_transform(
             "IN_A": tile.rows_in[0],
             "IN_B": tile.rows_in[1],
             "AHEAD": tile.ahead,
+            "TOKENS_AHEAD": tile.tokens_ahead,
             "ONE_EACH": not many,
             "num_warps": tile.num_warps,
         },
@@ -389,8 +397,9 @@ def test_hopper_transform(
         maxnreg=tile.registers,
     )
     assert re.search(BF16_ON_HOPPER, compiled.ptx)
-    fetches = many and "other_ptr" in PROLOGUES[prologue]
-    assert ("prefetch.global.L2" in compiled.ptx) == fetches
+    fetches = not many or "other_ptr" in PROLOGUES[prologue]
+    assert ("ld.volatile.global.L2::128B" in compiled.ptx) == fetches
+    assert ("cp.async.bulk.tensor" in compiled.ptx) == bool(tile.tokens_ahead)
     # Addresses, mostly: read again rather than computed. For one token that is nothing.
     most = 400 if sum(tile.columns) > 128 or prologue == "layer" else 200
     assert compiled.local_bytes <= (most if many else 800)

@@ -569,7 +569,8 @@ def test_what_is_not_finite_poisons_its_own_token(num_features: int, bad: float)
     ],
 )
 def test_the_hopper_transform_again_and_again(num_features: int, plan: str, kind: str) -> None:
-    """Many tokens for each program, which prepares the next one early or not: each token is what it is alone."""
+    """Many tokens for each program, which prepares the next one early or not: each token is what it is alone, with few
+    others or, in two programs of a multiprocessor, with 200."""
     t = random_transform(plan, num_features, 2, seed=1)
     x = torch.randn(3000, num_features).bfloat16()
     types = torch.randint(-1, 3, (3000,), dtype=torch.int32)
@@ -587,18 +588,21 @@ def test_the_hopper_transform_again_and_again(num_features: int, plan: str, kind
         }
         return x[rows].to(device), types[rows].to(device), replace(prologue, **there)
 
-    last = slice(2990, 3000)
+    last, last_200 = slice(2990, 3000), slice(2800, 3000)
     row, last_types, of_last = part(last, torch.device("cpu"))
     check(t, row, of_last, last_types, 7)
     static = (t.widths, t.slice_of_type, 1, 7)
     tokens, token_types, of_tokens = part(slice(None), GPU)
     row, last_types, of_last = part(last, GPU)
     alone = hopper_transform_quantize(row, last_types, *operands, *static, of_last)
-    for ahead in (tile.ahead, not tile.ahead):
-        other = replace(tile, ahead=ahead)
+    row, last_types, of_last = part(last_200, GPU)
+    together = hopper_transform_quantize(row, last_types, *operands, *static, of_last)
+    in_registers = replace(tile, tokens_ahead=0)
+    for other in (tile, in_registers, replace(in_registers, ahead=not tile.ahead)):
         args = (tokens, token_types, *operands, *static, of_tokens, other)
         first = hopper_transform_quantize(*args)
-        for whole, of_part in zip(first, alone, strict=True):
-            assert torch.equal(whole[last], of_part)
+        for whole, *of_parts in zip(first, alone, together, strict=True):
+            for rows, of_part in zip((last, last_200), of_parts, strict=True):
+                assert torch.equal(whole[rows], of_part)
         for _ in range(20):
             assert all(map(torch.equal, hopper_transform_quantize(*args), first))
