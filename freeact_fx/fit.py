@@ -65,7 +65,8 @@ def fit_group(
     ``single`` on those tokens.
 
     Returns the transform, the packed Linears in the order of ``statistics.names``, and what the checkpoint keeps:
-    ``predicted`` and ``error`` (measured) by Linear and type, and ``plans``, for each both as means, to nearest.
+    ``predicted`` and ``error`` (measured) by Linear and type, relative to ``energy``, the mean squared norm of the
+    type's outputs; and ``plans``, for each both as means (``mean_error``), to nearest.
     Raises ConfigError if the plan leaves no room.
     """
     config = statistics.config
@@ -106,9 +107,14 @@ def fit_group(
         finalists += [round_(m.candidate, by_gptq=True) for m in finalists]
     best = min(finalists, key=lambda m: m.error)
     measured = {m.candidate.label: m.error for m in tried}
+    names = (*config.type_names, "untyped")
     report = {
         "error": best.errors,
         "predicted": best.candidate.predicted,
+        "energy": {
+            name: {names[t]: energies[j] for t, energies in moments.energies.items()}
+            for j, name in enumerate(statistics.names)
+        },
         "plans": {
             c.label: {"predicted": c.predicted_mean, "measured": measured.get(c.label)}
             for c in candidates

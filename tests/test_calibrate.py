@@ -388,7 +388,7 @@ def test_fewer_tokens_than_channels(fitted: dict[str, Any]) -> None:
 def test_five_types(fitted: dict[str, Any]) -> None:
     ids = {"a": (), "b": (1, 2), "c": (3,), "d": (MASK,)}
     types = TokenTypes(tuple(TokenType(name, token_ids) for name, token_ids in ids.items()))
-    config = QuantConfig(token_types=types)
+    config = QuantConfig(token_types=types, plan="shift")
     model, batches = tiny_model(), [masked_ids(8, 32, seed=seed) for seed in (1, 2)]
     checkpoint = calibrate(model, batches, config)
     flat = torch.cat(batches)

@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -441,3 +442,39 @@ def test_packed_copy_goes_with_the_model() -> None:
     torch._dynamo.reset()
     gc.collect()
     assert words() is None
+
+
+def test_groups_that_treat_types_alike(calibrated: Checkpoint, tmp_path: Path) -> None:
+    """Two rows for any number of types: as if all types had the first one, compiled and in eager mode, and it does not
+    ask for types."""
+
+    def first(table: Tensor) -> Tensor:
+        return torch.cat([table[:1].expand_as(table[:-1]), table[-1:]])
+
+    groups, linears = {}, {}
+    for name, group in calibrated.groups.items():
+        assert group.shift is not None
+        groups[name] = replace(group, shift=first(group.shift), clip=first(group.clip))
+    for name, entry in calibrated.linears.items():
+        assert entry.packed.bias_table is not None
+        table = first(entry.packed.bias_table)
+        linears[name] = replace(entry, packed=replace(entry.packed, bias_table=table))
+    typed = replace(calibrated, groups=groups, linears=linears)
+    replace(
+        typed,
+        groups={name: group.alike() for name, group in groups.items()},
+        linears={name: replace(e, packed=e.packed.alike()) for name, e in linears.items()},
+    ).save(tmp_path)
+    alike = Checkpoint.load(tmp_path)
+    assert alike.num_bytes < typed.num_bytes
+    assert not any(group.is_typed for group in alike.groups.values())
+    ids = masked_ids(seed=5)
+    want = run(compiled(tiny_model(), checkpoint=typed), ids)
+    assert torch.equal(run(compiled(tiny_model(), checkpoint=alike), ids), want)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = tiny_model()
+        freeact_fx.convert(model, alike)
+        assert relative(run(model, ids), want) < 1e-5
+    without_inductor = {"bypass": ("lowering",)}
+    assert freeact_fx.verify(tiny_model(), ids, checkpoint=alike, options=without_inductor).ok

@@ -443,11 +443,36 @@ def test_plans_out_of_reach_are_not_tried() -> None:
         return set(fit_group(random_statistics(48, num_types, 0, **fields))[2]["plans"])
 
     assert labels(1, memory_budget=1.0) == {"single", "shift"}
-    assert labels(2, memory_budget=1.0) == {"single", "shift", "paper", "shift, types alike"}
-    assert labels(2, memory_budget=1.9) == {"single", "shift", "paper", "branch", "own branch"}
+    alike = {"shift, types alike"}
+    assert labels(2, memory_budget=1.0) == {"single", "shift", "paper"} | alike
+    alike |= {"branch, types alike"}
+    assert (
+        labels(2, memory_budget=1.9) == {"single", "shift", "paper", "branch", "own branch"} | alike
+    )
     assert "duplicate" in labels(2, memory_budget=2.0)
     assert labels(2, plan="duplicate") == {"duplicate"}
     assert labels(2, plan="branch", memory_budget=2.0) == {"branch", "own branch"}
+
+
+def test_types_share_their_rows_where_they_are_alike() -> None:
+    """What tables by type would take goes into a larger branch."""
+    generator = torch.Generator().manual_seed(1)
+
+    def fitted(*means: Tensor) -> dict[str, Any]:
+        tokens = [torch.randn(600, 96, generator=generator) + mean for mean in means]
+        weights = [torch.randn(512, 96, generator=generator)]
+        config = config_of(2, memory_budget=1.2)
+        group, (linear,), _ = fit_group(statistics_of(config, tokens, weights))
+        return {**group.tensors(), **linear.tensors()}
+
+    def num_rows(tensors: dict[str, Any]) -> set[int]:
+        return {tensors[name].shape[0] for name in ("shift", "clip", "bias_table")}
+
+    one, other = torch.randn(2, 96, generator=generator)
+    alike, typed = fitted(one, one), fitted(one, 3 * other)
+    assert (num_rows(alike), num_rows(typed)) == ({2}, {3})
+    further = alike["lowrank"].shape[1] - typed["lowrank"].shape[1]
+    assert further == (2 * 96 + 4 * 512) // (96 + 512 + 4)
 
 
 def test_a_plan_without_room_is_refused() -> None:

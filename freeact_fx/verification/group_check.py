@@ -177,11 +177,14 @@ class GroupCheck:
         return [i for i, e in enumerate(self.linears[0].rounded.energy.tolist()) if e]
 
     def calibrated(self, linear: str, row: int) -> float | None:
-        """The relative L2 error that calibration measured on tokens that it had held out; of all types together that
-        of the worst one."""
+        """The relative L2 error that calibration measured on tokens that it had held out."""
         by_type = self.statistics.get("error", {}).get(linear, {})
-        name = self.row_names[row]
-        found = max(by_type.values(), default=None) if name == "all types" else by_type.get(name)
+        found = by_type.get(self.row_names[row])
+        if self.is_alike and row == 0 and by_type:
+            tokens, energy = self.statistics["tokens"], self.statistics["energy"][linear]
+            parts = {name: tokens[name] * energy[name] for name in by_type}
+            total = max(sum(parts.values()), 1e-30)
+            found = sum(parts[name] * error for name, error in by_type.items()) / total
         return None if found is None else math.sqrt(found)
 
     # ------------------------------------------------------------------ measuring
