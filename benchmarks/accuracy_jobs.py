@@ -72,6 +72,7 @@ BASELINES = (
 BASIC = ("float", "default", "flatquant-like", "one type", *BASELINES)
 ABLATIONS = (
     "all plans measured",
+    "types in all groups",
     "no branch",
     "shared branch",
     "own branch",

@@ -54,6 +54,19 @@ def ours_with_branch(label: str) -> Calibrate:
     return calibrate
 
 
+def ours_with_types_everywhere(
+    model: nn.Module, batches: Batches, config: QuantConfig
+) -> Checkpoint:
+    """Ours without the plans that treat all types alike."""
+
+    def none(plans: dict[str, int], moments: GroupMoments) -> list[fit.Candidate]:
+        return [] if moments.statistics.are_alike else fitted(plans, moments)
+
+    fitted = fit._fitted
+    with mock.patch.object(fit, "_fitted", none):
+        return ours(model, batches, config)
+
+
 def ours_by_sensitivity(model: nn.Module, batches: Batches, config: QuantConfig) -> Checkpoint:
     """Ours, with types that count for what their errors cost the predictions; from 8 of the batches."""
     energies = gradient_energies(model, batches[:8], config, MASK_TOKEN)
@@ -168,6 +181,10 @@ METHODS = {
     "sensitivity": Method(
         "the default, types weighed by the gradients of the predictions in their outputs",
         ours_by_sensitivity,
+    ),
+    "types in all groups": Method(
+        "the default, tables by type in every group, not only where they are worth their bytes",
+        ours_with_types_everywhere,
     ),
     "no branch": _ablation("the default without room for a branch", memory_budget=1.0),
     "no sink": _ablation("the default, the first token not a type of its own", sink=None),

@@ -32,7 +32,8 @@ class QuantConfig:
     calibrated; without a checkpoint "single")."""
     memory_budget: float = 1.1
     """Storage that a group may use, as a multiple of its packed codes under plan "single": "duplicate" takes one for
-    each type, and a branch has as many columns as there is room for. Tables by type (bias, shift) are not counted."""
+    each type, and a branch has as many columns as there is room for. Tables by type (bias, shift) are not counted;
+    "auto" may do without them in a group, and gives its branch what they would have taken."""
     branch_rank: int = 32
     """Columns of the 8-bit low-rank branch (per type if own, in all if shared)."""
     include: tuple[str, ...] = ()
@@ -65,7 +66,7 @@ class QuantConfig:
     tenth of the calibration time."""
     plans_measured: int = 3
     """Calibration: how many of the plans that are predicted best are measured before one is chosen; each costs as
-    much as fitting it. 6 measures all, so that ``predict.ranking_share`` can check the prediction."""
+    much as fitting it. 8 measures all, so that ``predict.ranking_share`` can check the prediction."""
     branch_absorbs: bool = True
     """Calibration: under GPTQ, let the branch make up for a part of the rounding of the codes; costs nothing, and
     lowers the error on other texts by half a percent."""

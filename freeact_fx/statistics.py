@@ -23,7 +23,7 @@ class GroupStatistics(TokenMoments):
         config: QuantConfig,
     ) -> None:
         self.names, self.weights, self.biases, self.config = names, weights, biases, config
-        self._are_alike = False
+        self.are_alike = False
         super().__init__(
             weights[0].shape[1], config.num_types + 1, config.sample_tokens, config.seed, names[0]
         )
@@ -38,19 +38,19 @@ class GroupStatistics(TokenMoments):
     def alike(self) -> GroupStatistics:
         """The same as a plan sees it that treats all types alike: one mean, one type in the samples. Not a copy."""
         found = copy.copy(self)
-        found._are_alike = True
+        found.are_alike = True
         return found
 
     def means(self) -> Tensor:
         """[P, K] fp64; see ``TokenMoments``."""
-        if not self._are_alike:
+        if not self.are_alike:
             return super().means()
         count = self.count.sum().clamp_min(1).to(self.total.device)
         return (self.total.sum(0) / count).expand_as(self.total).clone()
 
     def samples(self, *, held_out: bool = False) -> tuple[Tensor, Tensor]:
         tokens, types = super().samples(held_out=held_out)
-        return tokens, torch.zeros_like(types) if self._are_alike else types
+        return tokens, torch.zeros_like(types) if self.are_alike else types
 
     def branch_rank(self) -> int:
         """Columns of a shared branch that ``memory_budget`` pays for, and what tables by type would take if there are
@@ -58,7 +58,7 @@ class GroupStatistics(TokenMoments):
         num_features = self.weights[0].shape[1]
         num_outputs = sum(w.shape[0] for w in self.weights)
         room_bytes = (self.config.memory_budget - 1) * num_features * num_outputs / 2
-        if room_bytes > 0 and self._are_alike:
+        if room_bytes > 0 and self.are_alike:
             # For every further type a shift in bf16 and a bias in fp32.
             room_bytes += (self.config.num_types - 1) * (2 * num_features + 4 * num_outputs)
         # One byte for each entry of a column and of its row in each Linear, and the row's scale.
