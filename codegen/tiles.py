@@ -263,7 +263,6 @@ class HopperTransformTile:
     per_multiprocessor  programs that a multiprocessor gets
     ahead               whether a program prepares a token while it makes the codes of the one before
     tokens_ahead        that are on their way to shared memory; 0: one is, to registers
-    one_token_each      programs of one token that a multiprocessor has room for
     """
 
     rows: int
@@ -274,13 +273,13 @@ class HopperTransformTile:
     per_multiprocessor: int
     ahead: bool
     tokens_ahead: int
-    one_token_each: int
 
     def of_one_token(self, per_multiprocessor: int) -> HopperTransformTile:
         """For so many programs that have no next token to be ahead with. Beside one on a multiprocessor fits a
         product's tile of few tokens: the product before may still run, and the one after begin."""
-        registers = min(1280, 2048 // per_multiprocessor) // self.num_warps
-        return replace(self, ahead=False, tokens_ahead=0, registers=min(self.registers, registers))
+        registers = min(1280, 2048 // per_multiprocessor) // self.num_warps // 8 * 8
+        registers = min(registers, max(128, self.registers))
+        return replace(self, ahead=False, tokens_ahead=0, registers=registers)
 
 
 @functools.cache
@@ -305,48 +304,34 @@ def hopper_transform_tile(
     tokens_ahead = 0
     if size <= 64 * 64:
         # So many programs hide each other's waiting that none has to work ahead.
-        registers, programs = (96, 5) if prologue == "none" else (128, 4)
-        ahead = False
-        if d2 % 8 == 0 and not (rows_in[1] or columns[1]):  # one piece, for the copy engine
-            tokens_ahead = 2
+        registers, programs, ahead = 96, 5, False
+        if prologue != "none":
+            # What waits for all of a token before the products: the copy engine brings it, if it is one piece.
+            in_pieces = d2 % 8 or rows_in[1] or columns[1]
+            tokens_ahead = 0 if in_pieces else 2
+            registers, programs = (128, 4) if in_pieces or prologue != "rms" else (96, 5)
     elif size <= 64 * 128:
         registers, programs = (168, 3) if size <= 64 * 96 else (255, 2)
         if rows == 128:
             registers, programs = 128, 2
         ahead = True
     else:
-        registers, programs, ahead = 255, 1, True
-    factors = len(widths) * (sum(rows_in) * rows + sum(columns) ** 2)
-    token_bytes = 2 * sum(rows_in) * sum(columns)
-    shared_bytes = 2 * factors + token_bytes
+        # With two rows to fetch, the other one would be waited for while there is something to compute.
+        registers, programs, ahead = 255, 1, prologue in ("none", "rms", "layer")
+    num_slices, num_tokens = len(widths), tokens_ahead + (2 if ahead else 1)
+    factors = num_slices * (sum(rows_in) * rows + sum(columns) ** 2)
+    shared_bytes = 2 * (factors + num_tokens * sum(rows_in) * sum(columns))
+    if columns[1]:  # scales of channels
+        shared_bytes += 2 * sum(rows_in) * sum(columns)
     if d2 % 16:  # codes
         shared_bytes += rows * sum(columns)
-    one_token_each = _room(shared_bytes)
-    if ahead:
-        shared_bytes += token_bytes
-    if columns[1]:  # scales of channels
-        shared_bytes += token_bytes
-    programs = min(programs, _room(shared_bytes + tokens_ahead * token_bytes))
+    # The chip keeps a KiB for each program.
+    programs = min(programs, (_SHARED_BYTES[90] + 1024) // (shared_bytes + 1024 + 128))
     if programs == 0:
         return None
-    num_warps = rows // 16
-    one_token_each = max(programs, min(one_token_each, 16 // num_warps))
     return HopperTransformTile(
-        rows,
-        columns,
-        rows_in,
-        num_warps,
-        registers,
-        programs,
-        ahead,
-        tokens_ahead,
-        one_token_each,
+        rows, columns, rows_in, rows // 16, registers, programs, ahead, tokens_ahead
     )
-
-
-def _room(shared_bytes: int) -> int:
-    """Programs of so much shared memory that a Hopper's multiprocessor has room for: it keeps a KiB for each."""
-    return (_SHARED_BYTES[90] + 1024) // (shared_bytes + 1024 + 128)
 
 
 @dataclass(frozen=True)

@@ -1051,7 +1051,7 @@ def hopper_transform_quantize(
         tile.per_multiprocessor * num_multiprocessors
     )  # each keeps the factors and walks over tokens
     of_one_multiprocessor = -(-num_tokens // num_multiprocessors)
-    one_each = of_one_multiprocessor <= tile.one_token_each
+    one_each = of_one_multiprocessor <= tile.per_multiprocessor
     if one_each:
         tile, num_programs = tile.of_one_token(of_one_multiprocessor), num_tokens
     elif x.element_size() != 2 or (x.data_ptr() | 2 * x.stride(0)) % 16:

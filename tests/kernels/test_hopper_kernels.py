@@ -172,8 +172,7 @@ def test_transform_by_tokens(num_tokens: int, ahead: bool, tokens_ahead: int) ->
     """Three programs that prepare the next token early or not, if there is a next one."""
     tile = hopper_transform_tile(56, (56,), 64, "rms")
     assert tile is not None
-    tile = replace(tile, ahead=ahead, tokens_ahead=tokens_ahead)
-    tile = replace(tile, per_multiprocessor=3, one_token_each=3)
+    tile = replace(tile, ahead=ahead, tokens_ahead=tokens_ahead, per_multiprocessor=3)
     x = torch.randn(num_tokens, 3584).bfloat16()
     prologue, t = random_prologue("rms of a sum", x), random_transform("shift", 3584, 2, seed=1)
     total = check(x, prologue, t, torch.randint(-1, 3, (num_tokens,)), 7, tile)

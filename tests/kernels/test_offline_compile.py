@@ -355,7 +355,7 @@ def test_hopper_transform(
     tile = hopper_transform_tile(shape[0], widths, shape[1], prologue.split()[0])
     assert tile is not None
     if not many:
-        tile = tile.of_one_token(tile.one_token_each)
+        tile = tile.of_one_token(tile.per_multiprocessor)
     factors = dict.fromkeys(("channel_scale_ptr", "left_ptr", "right_ptr", "clip_ptr"), "*fp32")
     pointers = {"x_ptr": "*bf16", "shift_ptr": "*bf16", "codes_ptr": "*i8" if qmax else "*bf16"}
     types = {"type_ptr": "*i32"}

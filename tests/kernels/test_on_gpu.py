@@ -570,7 +570,7 @@ def test_what_is_not_finite_poisons_its_own_token(num_features: int, bad: float)
 )
 def test_the_hopper_transform_again_and_again(num_features: int, plan: str, kind: str) -> None:
     """Many tokens for each program, which prepares the next one early or not: each token is what it is alone, with few
-    others or, in two programs of a multiprocessor, with 200."""
+    others or with 200."""
     t = random_transform(plan, num_features, 2, seed=1)
     x = torch.randn(3000, num_features).bfloat16()
     types = torch.randint(-1, 3, (3000,), dtype=torch.int32)
