@@ -829,12 +829,6 @@ def hopper_transform_quantize_kernel(
             if HAS_B:
                 scale_tile_b.store(channel_scale_b)
                 channel_scale_b = scale_tile_b
-    if ONE_EACH:
-        fetch(clip_ptr, NUM_TYPES, num_warps)
-        if shift_ptr is not None:
-            fetch(shift_ptr, NUM_TYPES * K, num_warps)
-        if weight_ptr is not None:
-            fetch(weight_ptr, K, num_warps)
     x_ring, arrived = left_a, left_a
     if not IN_REGISTERS:
         x_ring = gl.allocate_shared_memory(DTYPE, [TOKENS_AHEAD, 1, IN_A, COLUMNS], x_rows.layout)
