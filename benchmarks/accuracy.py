@@ -167,6 +167,7 @@ class Benchmark:
             "of_bf16": checkpoint.num_bytes / (2 * num_weights),
             "plans": Counter(group.plan for group in checkpoint.groups.values()),
             "num_groups": len(checkpoint.groups),
+            "num_typed": sum(group.is_typed for group in checkpoint.groups.values()),
             "ranking": None if method.baseline else ranking_share(checkpoint.statistics),
         }
 

@@ -6,6 +6,7 @@ A peer that cannot be had (not installed, not for this shape or chip) is a colum
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -168,6 +169,8 @@ def attempt(build: Callable[[], Call], expected: Any, tolerance: float) -> Varia
         if not found < tolerance:
             raise RuntimeError(f"its output is {found:.3g} from bf16's, allowed is {tolerance}")
     except Exception as error:  # a column that is not there must not stop the others
+        # Named at once: what failed within a CUDA graph may make the others fail, too.
+        print(f"a column failed: {brief(error)}", file=sys.stderr, flush=True)
         return Variant(error=brief(error))
     return Variant(call, None, round(time.perf_counter() - start, 1), float(f"{found:.3g}"))
 
