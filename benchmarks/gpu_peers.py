@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from gpu_timing import Bench, Call, brief, scaled_mm
 from measure import relative_error
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ TORCHAO_INT8 = "torchao int8 dynamic"
 TORCHAO_INT4 = "torchao int4 weight-only"
 BF16 = (EAGER, INDUCTOR, MAX_AUTOTUNE)
 
+_INT8_LEAST_TOKENS = 32  # torch._int_mm takes more than 16 rows on a GPU
 _E4M3_MAX = 448.0
 # 8-bit arithmetic on random data; beyond that it is another function.
 _TOLERANCE = 0.1
@@ -98,7 +100,10 @@ class Int8Linear(nn.Module):
         flat = x.flatten(0, -2).float()
         scale = flat.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
         codes = (flat / scale).round().to(torch.int8)
-        y = torch._int_mm(codes, self.weight.t()).float() * scale * self.scale
+        num_tokens = codes.shape[0]
+        if num_tokens < _INT8_LEAST_TOKENS:
+            codes = F.pad(codes, (0, 0, 0, _INT8_LEAST_TOKENS - num_tokens))
+        y = torch._int_mm(codes, self.weight.t())[:num_tokens].float() * scale * self.scale
         y = y if self.bias is None else y + self.bias
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
