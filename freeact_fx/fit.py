@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from .config import QuantConfig
 from .errors import ConfigError
 from .moments import GroupMoments
@@ -41,6 +43,11 @@ class Candidate:
     sides: list[WeightSide]
     predicted: ErrorsByLinear
     predicted_mean: float
+
+    @property
+    def is_alike(self) -> bool:
+        """Whether all types are treated alike: their rows agree, and are kept as one."""
+        return self.label.endswith(_ALIKE)
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,8 @@ def fit_group(
 
     def round_(candidate: Candidate, *, by_gptq: bool) -> Measured:
         linears = round_group(candidate.fitted, candidate.sides, candidate.moments, by_gptq=by_gptq)
+        if candidate.is_alike:
+            linears = [replace(r, bias_table=_first_for_all(r.bias_table)) for r in linears]
         errors = measured_errors(candidate.fitted, linears, held_out)
         return Measured(candidate, linears, errors, mean_error(errors, moments))
 
@@ -101,6 +110,8 @@ def fit_group(
     for candidate in [m.candidate for m in finalists]:
         refined = refine(candidate.fitted, candidate.moments.statistics)
         if refined is not candidate.fitted:
+            if candidate.is_alike:
+                refined = replace(refined, clip=_first_for_all(refined.clip))
             candidate = _candidate(candidate.label, refined, candidate.moments)
             finalists.append(round_(candidate, by_gptq=False))
     if config.gptq:
@@ -121,7 +132,7 @@ def fit_group(
         },
     }
     fitted, packed = best.candidate.fitted, [linear.packed() for linear in best.linears]
-    if best.candidate.label.endswith(_ALIKE):
+    if best.candidate.is_alike:
         return fitted.alike(), [linear.alike() for linear in packed], report
     return fitted, packed, report
 
@@ -175,6 +186,11 @@ def _fitted(plans: dict[str, int], moments: GroupMoments) -> list[Candidate]:
             fitted = with_branch(fitted, moments, rank, own=label == "own branch")
         candidates.append(_candidate(label, fitted, moments))
     return candidates
+
+
+def _first_for_all(table: Any) -> Any:
+    """A table [P, ..] or None, with the first type's row for all types: alone that row was fitted to their tokens."""
+    return None if table is None else torch.cat([table[:1].expand_as(table[:-1]), table[-1:]])
 
 
 def _candidate(label: str, fitted: GroupTransform, moments: GroupMoments) -> Candidate:

@@ -25,7 +25,8 @@ FEW_TOKENS = 8
 class GroupMoments:
     """What the fits of a group's plans have in common; each matrix is made at its first use and kept.
 
-    Memory: ``4 K^2`` bytes for each Linear, and for each type twice (about its shift and about zero).
+    Memory: ``4 K^2`` bytes for each Linear, and for each type twice (about its shift and about zero); once more for
+    plans that treat all types alike (about the mean of all).
     """
 
     statistics: GroupStatistics

@@ -23,8 +23,15 @@ from freeact_fx.moments import GroupMoments
 from freeact_fx.narrow_slices import best_widths
 from freeact_fx.plans import fit_transform, strongest_directions, with_branch
 from freeact_fx.predict import mean_error, predicted_errors, ranking_share, rounding_noise
-from freeact_fx.reference import epilogue, quantize_tokens, transform, transform_quantize
+from freeact_fx.reference import (
+    epilogue,
+    quantize_tokens,
+    transform,
+    transform_quantize,
+    unpack_int4,
+)
 from freeact_fx.round_group import (
+    RoundedLinear,
     Sample,
     measured_errors,
     refitted,
@@ -473,6 +480,35 @@ def test_types_share_their_rows_where_they_are_alike() -> None:
     assert (num_rows(alike), num_rows(typed)) == ({2}, {3})
     further = alike["lowrank"].shape[1] - typed["lowrank"].shape[1]
     assert further == (2 * 96 + 4 * 512) // (96 + 512 + 4)
+
+
+@pytest.mark.parametrize("fields", [{"bias_correction": True}, {"refine_steps": 5}], ids=str)
+def test_what_types_that_are_alike_are_measured_with_is_kept(fields: dict[str, Any]) -> None:
+    """Their one row is what the held-out tokens of all types were measured with."""
+    generator = torch.Generator().manual_seed(1)
+    mean = torch.randn(96, generator=generator)
+    tokens = [torch.randn(600, 96, generator=generator) + mean for _ in range(2)]
+    weights = [torch.randn(512, 96, generator=generator)]
+    statistics = statistics_of(config_of(2, memory_budget=1.2, **fields), tokens, weights)
+    fitted, (linear,), report = fit_group(statistics)
+    assert not fitted.is_typed
+    assert linear.bias_table is not None
+    table = linear.bias_table[[0, 0, 1]]
+    codes = unpack_int4(linear.weight, 96)
+    rounded = RoundedLinear(
+        codes, linear.weight_scale, table, linear.branch_weight, linear.branch_scale
+    )
+    assert fitted.shift is not None
+    typed = replace(
+        fitted,
+        shift=fitted.shift[[0, 0, 1]],
+        clip=fitted.clip[[0, 0, 1]],
+        slice_of_type=(0, 0, 0),
+    )
+    again = measured_errors(typed, [rounded], Sample.of(statistics, held_out=True))
+    for name, by_type in report["error"].items():
+        assert set(by_type) == {"t0", "t1"}
+        assert again[name] == pytest.approx(by_type, rel=1e-5)
 
 
 def test_a_plan_without_room_is_refused() -> None:

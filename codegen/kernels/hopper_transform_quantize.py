@@ -1041,17 +1041,15 @@ def hopper_transform_quantize(
     optional = (prologue.weight, prologue.bias, token_type, shift, channel_scale)
     contiguous = (None if t is None else t.contiguous() for t in optional)
     num_multiprocessors = _num_multiprocessors(x.device)
-    num_programs = (
-        tile.per_multiprocessor * num_multiprocessors
-    )  # each keeps the factors and walks over tokens
+    # Each keeps the factors and walks over tokens.
+    num_programs = tile.per_multiprocessor * num_multiprocessors
     of_one_multiprocessor = -(-num_tokens // num_multiprocessors)
     one_each = of_one_multiprocessor <= tile.per_multiprocessor
     if one_each:
         tile, num_programs = tile.of_one_token(of_one_multiprocessor), num_tokens
     elif x.element_size() != 2 or (x.data_ptr() | 2 * x.stride(0)) % 16:
-        tile = replace(
-            tile, tokens_ahead=0
-        )  # the copy engine takes aligned rows, and there is room for 16 bits
+        # The copy engine takes aligned rows, and there is room for values of 16 bits.
+        tile = replace(tile, tokens_ahead=0)
     x_rows = None
     if tile.tokens_ahead:
         x_rows = TensorDescriptor.from_tensor(x.unflatten(1, (d1, d2)), *box_of_token(tile))
