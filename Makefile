@@ -19,7 +19,7 @@ help:
 	@echo "make demo      a masked-diffusion model in W4A4 beside float, on the CPU (minutes)"
 	@echo "make demo-vlm  a vision-language model: questions about pictures, answers saved as a PNG"
 	@echo "make test      the tests that need no GPU; those of the HTML report need Chromium (apt-get install chromium),"
-	@echo "               without it: make test ARGS='-m \"not gpu and not browser\"'"
+	@echo "               without it: make test BROWSER=no"
 	@echo "make lint      ruff, and mypy on the installed package"
 	@echo "make bench     CPU speed and storage, checked against what the README promises"
 
@@ -29,8 +29,12 @@ demo: $(VENV)/.demo
 demo-vlm: $(VENV)/.demo
 	$(VENV)/bin/python benchmarks/demo_vlm.py $(ARGS)
 
+# A process for each core, of one thread. Those in a browser wait for what it draws: after the others, alone.
 test: $(VENV)/.test
-	$(VENV)/bin/pytest -m "not gpu" -ra --durations=10 $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -m "not gpu and not browser" -n auto -ra --durations=10 $(ARGS)
+ifneq ($(BROWSER),no)
+	$(VENV)/bin/pytest -m browser -ra
+endif
 
 # Why a copy: in the checkout freeact_fx has no folders passes and codegen; installed, it has.
 lint: $(VENV)/.test
