@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from .config import QuantConfig
 from .errors import ConfigError
@@ -188,9 +188,9 @@ def _fitted(plans: dict[str, int], moments: GroupMoments) -> list[Candidate]:
     return candidates
 
 
-def _first_for_all(table: Any) -> Any:
-    """A table [P, ..] or None, with the first type's row for all types: alone that row was fitted to their tokens."""
-    return None if table is None else torch.cat([table[:1].expand_as(table[:-1]), table[-1:]])
+def _first_for_all(table: Tensor | None) -> Any:
+    """A table [P, ..], with the first type's row for all tokens: alone that row was fitted to them."""
+    return None if table is None else table[:1].expand_as(table).clone()
 
 
 def _candidate(label: str, fitted: GroupTransform, moments: GroupMoments) -> Candidate:

@@ -76,7 +76,8 @@ class GroupMoments:
 
     def own(self, index: int, *, centred: bool) -> Tensor:
         """Second moment [K, K] of a type that was seen, about its shift or about zero; on the weights' device."""
-        centred = centred and index < self.statistics.config.num_types
+        if not self.statistics.are_alike:
+            centred = centred and index < self.statistics.config.num_types
         key = (index, centred)
         if key not in self._made:
             device = self.gram.device

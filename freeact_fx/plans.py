@@ -56,7 +56,8 @@ def fit_transform(plan: str, moments: GroupMoments) -> GroupTransform:
     shift = None
     if shifted:
         shift = moments.statistics.means().to(gram.device).bfloat16()
-        shift[-1] = 0
+        if not moments.statistics.are_alike:
+            shift[-1] = 0
     return GroupTransform(
         plan=plan,
         left=torch.cat([left for left, _ in factors], 1).float(),
