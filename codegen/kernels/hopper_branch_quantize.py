@@ -25,7 +25,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -34,15 +33,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from freeact_fx.codegen.tiles import BranchTile, branch_tile
 from freeact_fx.reference import column_step
 
+from .gluon_names import barrier, load_tile
 from .hopper_arithmetic import larger, larger_magnitude, to_e4m3, to_int4
 from .hopper_int_mm import types_of
 from .hopper_transform_quantize import SMALLEST
 from .launches import Launch
 from .stream_order import allow_next_kernel, wait_for_previous_kernel
-
-# Triton 3.9 has new names for both.
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
@@ -68,9 +64,9 @@ def copy_chunk(
         stage = chunk % STAGES
         arrived = full.index(stage)
         mbarrier.expect(arrived, 2 * BLOCK_K * (BLOCK_M + BLOCK_R))
-        _load(z, [first_m, chunk * BLOCK_K], arrived, z_ring.index(stage))
+        load_tile(z, [first_m, chunk * BLOCK_K], arrived, z_ring.index(stage))
         place = [chunk % HALF * BLOCK_K, chunk // HALF * R]
-        _load(columns, place, arrived, columns_ring.index(stage))
+        load_tile(columns, place, arrived, columns_ring.index(stage))
 
 
 @gluon.jit
@@ -141,7 +137,7 @@ def hopper_branch_quantize_kernel(
         mbarrier.wait(full.index(stage), (chunk // STAGES) & 1)
         c = warpgroup_mma(z_ring.index(stage), columns_ring.index(stage), c, is_async=True)
         c = warpgroup_mma_wait(num_outstanding=0, deps=(c,))
-        _barrier()
+        barrier()
         copy_chunk(z, columns, z_ring, columns_ring, full, chunk + STAGES, first_m, R, NUM_CHUNKS)
     tokens_of_c: gl.constexpr = gl.SliceLayout(1, of_coefficients)
     m = first_m + gl.arange(0, BLOCK_M, tokens_of_c)
@@ -161,7 +157,7 @@ def hopper_branch_quantize_kernel(
         stage = chunk % STAGES
         mbarrier.wait(full.index(stage), (chunk // STAGES) & 1)
         rest = residual(z_ring.index(stage), columns_ring.index(stage), multiplied, STEP, of_chunk)
-        _barrier()
+        barrier()
         copy_chunk(z, columns, z_ring, columns_ring, full, chunk - STAGES, first_m, R, NUM_CHUNKS)
         largest = larger_magnitude(largest, rest)
     m = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, of_chunk))
@@ -187,7 +183,7 @@ def hopper_branch_quantize_kernel(
         stage = chunk % STAGES
         mbarrier.wait(full.index(stage), (chunk // STAGES) & 1)
         rest = residual(z_ring.index(stage), columns_ring.index(stage), multiplied, STEP, of_chunk)
-        _barrier()
+        barrier()
         copy_chunk(z, columns, z_ring, columns_ring, full, chunk + STAGES, first_m, R, NUM_CHUNKS)
         if QMAX == 448:
             codes = to_e4m3(rest, per_unit[:, None])

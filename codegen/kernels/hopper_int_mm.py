@@ -52,14 +52,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from freeact_fx.codegen.tiles import PROMOTED, TileConfig, choose_hopper_tile
 from freeact_fx.codegen.tuning import gpu_name, known_tile, problem_of
 
+from .gluon_names import barrier, load_tile, store_tile
 from .int_mm import partial_dtype
 from .launches import Launch
 from .stream_order import allow_next_kernel, counters, wait_for_previous_kernel
 
-# Triton 3.9 has new names for the copies.
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 _OLD_NAME = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))
 
 _INSTRUCTION_TOKENS = gl.constexpr(128)  # int8 wgmma is refused at 256
@@ -234,7 +231,7 @@ def copy_tiles(
             byte = first + stage * BLOCK_K
             for group in gl.static_range(GROUPS):
                 row = (tile_n * GROUPS + group) * ROWS
-                _load(
+                load_tile(
                     weight,
                     [row, byte],
                     full.index(stage),
@@ -268,10 +265,12 @@ def copy_tiles(
                 mbarrier.expect(arrived, STEP_BYTES)
                 for group in gl.static_range(GROUPS):
                     row = (tile_n * GROUPS + group) * ROWS
-                    _load(weight, [row, byte], arrived, weight_ring.index(GROUPS * stage + group))
+                    load_tile(
+                        weight, [row, byte], arrived, weight_ring.index(GROUPS * stage + group)
+                    )
             row = tile_m * BLOCK_M
-            _load(codes, [row, byte], arrived, codes_ring.index(2 * stage))
-            _load(codes, [row, num_even + byte], arrived, codes_ring.index(2 * stage + 1))
+            load_tile(codes, [row, byte], arrived, codes_ring.index(2 * stage))
+            load_tile(codes, [row, num_even + byte], arrived, codes_ring.index(2 * stage + 1))
             step += 1
         for column in gl.static_range(0, RANK, BLOCK_K // 2):
             stage = step % STAGES
@@ -281,9 +280,9 @@ def copy_tiles(
             for group in gl.static_range(GROUPS):
                 first_n = (tile_n * GROUPS + group) * ROWS
                 target = for_copy(weight_ring.index(GROUPS * stage + group), branch)
-                _load(branch, [column, first_n], arrived, target)
+                load_tile(branch, [column, first_n], arrived, target)
             target = for_copy(codes_ring.index(2 * stage), coefficients)
-            _load(coefficients, [tile_m * BLOCK_M, column], arrived, target)
+            load_tile(coefficients, [tile_m * BLOCK_M, column], arrived, target)
             step += 1
     if FOLLOWS:
         wait_for_previous_kernel()
@@ -300,7 +299,7 @@ def sum_of_parts(
     offset = row * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, layout))[None, :]
     of_tile = partial_ptr + tile.to(gl.int64) * (SPLIT_K * ROWS * BLOCK_M) + offset
     gl.store(of_tile + part * (ROWS * BLOCK_M), total)
-    _barrier()
+    barrier()
     is_last = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel") == SPLIT_K - 1
     if is_last:
         # The sum of floats depends on their order: all of them again, whichever part is the last.
@@ -589,7 +588,7 @@ def multiply_tiles(
                 E4M3,
             )
             fence_async_shared()
-            _store(out, [first_m, first_n], out_tiles.index(GROUP))
+            store_tile(out, [first_m, first_n], out_tiles.index(GROUP))
         elif RANK > 0:
             for ahead in gl.static_range(BRANCH_STEPS):
                 unread = (step + ahead) % STAGES

@@ -36,7 +36,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -45,6 +44,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from freeact_fx.codegen.prologue import NO_PROLOGUE, Prologue
 from freeact_fx.codegen.tiles import HopperTransformTile, hopper_transform_tile
 
+from .gluon_names import barrier, load_tile
 from .hopper_arithmetic import (
     activation,
     larger,
@@ -63,9 +63,6 @@ from .stream_order import allow_next_kernel, wait_for_previous_kernel
 from .transform_quantize import rows_in_memory
 
 SMALLEST = gl.constexpr(1e-30)
-# Triton 3.9 has new names for both.
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
@@ -137,7 +134,7 @@ def magnitude_in_threads(even, odd, num_warps: gl.constexpr):
 def exchanged(of_warp, slots, num_warps: gl.constexpr):
     """A value of each warp, in every thread. Between two uses of the same slots there must be another barrier."""
     slots.store(of_warp)
-    _barrier()
+    barrier()
     return slots.load(gl.BlockedLayout([num_warps], [32], [num_warps], [0]))
 
 
@@ -278,7 +275,7 @@ def copy_token(x_rows, x_ring, arrived, number, token, M):
     if token < M:
         slot = number % TOKENS_AHEAD
         mbarrier.expect(arrived.index(slot), NUM_BYTES)
-        _load(x_rows, [token, 0, 0], arrived.index(slot), x_ring.index(slot))
+        load_tile(x_rows, [token, 0, 0], arrived.index(slot), x_ring.index(slot))
 
 
 @gluon.jit
@@ -683,7 +680,7 @@ def put_codes(
     if QMAX == 0:
         per_code = unit
         gl.store(scale_ptr, 1.0)
-        _barrier()  # that of the exchange: all warps have waited for their products
+        barrier()  # that of the exchange: all warps have waited for their products
     else:
         largest = magnitude_in_threads(even_a, odd_a, num_warps)
         if len(z) == 2:
@@ -707,7 +704,7 @@ def put_codes(
         if len(z) == 2:
             even_codes_b.store(codes_of(even_b, per_code, QMAX))
             odd_codes_b.store(codes_of(odd_b, per_code, QMAX))
-        _barrier()
+        barrier()
         by_row: gl.constexpr = row_by_row(FIRST_B, num_warps)
         store_codes(codes_row, even_codes_a.load(by_row), 0, D1, D2)
         store_codes(odd_row, odd_codes_a.load(by_row), 0, D1, D2)
@@ -911,7 +908,7 @@ def hopper_transform_quantize_kernel(
             num_warps,
         )
         fence_async_shared()
-        _barrier()
+        barrier()
         in_slice = slice_of(token_type, SLICE_OF_TYPE, NUM_SLICES)
         y = first_product(lefts, tokens, in_slice, 0, IN_B, COLUMNS_B, num_warps)
         here = gl.minimum(here + gl.num_programs(0), M - 1)
@@ -922,7 +919,7 @@ def hopper_transform_quantize_kernel(
         if other_ptr is not None:
             fetch(other_ptr + here.to(gl.int64) * other_stride, K, num_warps)
         y = waited_for(y)
-        _barrier()
+        barrier()
     # Not a for: out of one the compiler moves loads, which then fill the registers.
     while token < M:
         if not ONE_EACH:
@@ -966,7 +963,7 @@ def hopper_transform_quantize_kernel(
             x_a = load_token(x_ptr + after.to(gl.int64) * x_stride, x_place_a)
             if HAS_B:
                 x_b = load_token(x_ptr + after.to(gl.int64) * x_stride, x_place_b)
-        _barrier()
+        barrier()
         if not IN_REGISTERS:
             far = token + TOKENS_AHEAD * gl.num_programs(0)
             copy_token(x_rows, x_ring, arrived, number + TOKENS_AHEAD, far, M)
