@@ -141,9 +141,7 @@ def _fit(statistics: GroupStatistics) -> Checkpoint:
     }
     tokens = {
         name: int(count)
-        for name, count in zip(
-            (*config.type_names, "untyped"), statistics.count.tolist(), strict=True
-        )
+        for name, count in zip(config.row_names, statistics.count.tolist(), strict=True)
     }
     measured = {
         "tokens": tokens,

@@ -156,6 +156,11 @@ class QuantConfig:
         return self.token_types.names + ((self.sink,) if self.sink else ())
 
     @property
+    def row_names(self) -> tuple[str, ...]:
+        """Of the rows of tables by type: the types, and "untyped"."""
+        return (*self.type_names, "untyped")
+
+    @property
     def num_types(self) -> int:
         return len(self.type_names)
 

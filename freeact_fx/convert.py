@@ -16,7 +16,13 @@ from .eligibility import ineligible_reason, is_tower_name, matches
 from .errors import CheckpointError, ConfigError, UnsupportedLinear
 from .reasons import Reason, reason
 from .token_types import check_type_range, explicit_types
-from .transform import GroupTransform, PackedLinear, orthogonal_transform, pack_linear
+from .transform import (
+    GroupTransform,
+    PackedLinear,
+    orthogonal_transform,
+    pack_linear,
+    treats_types_alike,
+)
 
 
 class _FixedDtype(nn.Module):
@@ -105,9 +111,9 @@ class FreeActLinear(_FixedDtype):
         )
 
     def _eager_types(self, x: Tensor) -> Tensor | None:
+        if treats_types_alike(len(self.transform.slice_of_type), len(self.type_names)):
+            return None
         types = explicit_types()
-        if len(self.transform.slice_of_type) == 2:
-            return None  # the group treats all types alike
         if types is not None and tuple(types.shape) == tuple(x.shape[:-1]):
             check_type_range(types, self.type_names)
             return torch.where(types >= 0, types, 0).to(x.device)

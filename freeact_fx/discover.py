@@ -306,7 +306,7 @@ def predicted_gain(model: nn.Module, reader: Batches, config: QuantConfig, bar: 
 def _least_error(statistics: GroupStatistics) -> float:
     """The predicted error of the group's best plan, relative to the energy of its outputs, over all tokens alike."""
     moments = GroupMoments.of(statistics)
-    names = (*statistics.config.type_names, "untyped")
+    names = statistics.config.row_names
     energy = {
         index: [float(statistics.count[index]) * e for e in moments.energies[index]]
         for index in moments.seen

@@ -118,7 +118,7 @@ def fit_group(
         finalists += [round_(m.candidate, by_gptq=True) for m in finalists]
     best = min(finalists, key=lambda m: m.error)
     measured = {m.candidate.label: m.error for m in tried}
-    names = (*config.type_names, "untyped")
+    names = config.row_names
     report = {
         "error": best.errors,
         "predicted": best.candidate.predicted,

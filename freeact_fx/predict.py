@@ -51,7 +51,7 @@ def predicted_errors(
     branches  [R, N] of each Linear, before rounding; none without a branch
     """
     statistics, config = moments.statistics, moments.statistics.config
-    names = (*config.type_names, "untyped")
+    names = config.row_names
     d2 = fitted.right.shape[-1]
     sizes = [width * d2 for width in fitted.widths]
     weight_energy = [[float(part.square().sum()) for part in w.split(sizes, 1)] for w in weights]
@@ -86,12 +86,10 @@ def mean_error(errors: ErrorsByLinear, moments: GroupMoments) -> float:
 
     errors  of the Linears of ``moments``, in their order
     """
-    names = (*moments.statistics.config.type_names, "untyped")
-    total = 0.0
+    names = moments.statistics.config.row_names
+    weights, total = moments.type_weights, 0.0
     for j, by_type in enumerate(errors.values()):
-        parts = {
-            names[t]: weight * moments.energies[t][j] for t, weight in moments.type_weights.items()
-        }
+        parts = {names[t]: weight * moments.energies[t][j] for t, weight in weights.items()}
         error = sum(parts[name] * error for name, error in by_type.items())
         total += error / max(sum(parts[name] for name in by_type), 1e-30)
     return total / len(errors)

@@ -298,7 +298,7 @@ def measured_errors(
     fitted: GroupTransform, linears: Sequence[RoundedLinear], sample: Sample
 ) -> ErrorsByLinear:
     """Squared error of each Linear's outputs on a sample, relative to their energy, by type name."""
-    names = (*sample.statistics.config.type_names, "untyped")
+    names = sample.statistics.config.row_names
     seen = {names[i]: sample.types == i for i in sample.types.unique().tolist()}
     errors: ErrorsByLinear = {}
     for name, got, want in zip(

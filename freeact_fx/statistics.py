@@ -45,8 +45,7 @@ class GroupStatistics(TokenMoments):
         """[P, K] fp64; see ``TokenMoments``."""
         if not self.are_alike:
             return super().means()
-        count = self.count.sum().clamp_min(1).to(self.total.device)
-        return (self.total.sum(0) / count).expand_as(self.total).clone()
+        return self.pooled_mean().expand_as(self.total).clone()
 
     def samples(self, *, held_out: bool = False) -> tuple[Tensor, Tensor]:
         tokens, types = super().samples(held_out=held_out)

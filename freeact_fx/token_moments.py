@@ -221,6 +221,10 @@ class TokenMoments:
                 fit._moment[index].diagonal().clamp_min_(0)
         return fit
 
+    def pooled_mean(self) -> Tensor:
+        """Mean of all tokens, [K] fp64; 0 without any."""
+        return self.total.sum(0) / self.count.sum().clamp_min(1).to(self.total.device)
+
     def means(self) -> Tensor:
         """Mean of each type, [P, K] fp64, drawn towards that of all tokens as far as its standard error reaches.
 
@@ -239,7 +243,7 @@ class TokenMoments:
         for index, moment in self._moment.items():
             squares[index] = moment.diagonal()
         count = self.count.to(self.total.device).unsqueeze(1)
-        pooled = self.total.sum(0) / count.sum().clamp_min(1)
+        pooled = self.pooled_mean()
         own = self.total / count.clamp_min(1)
         deviations = (squares - count * own.square()).clamp_min(0)
         freedom = (count - 1).clamp_min(0).sum()

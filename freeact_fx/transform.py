@@ -218,6 +218,11 @@ class PackedLinear:
         return replace(self, bias_table=None if self.bias_table is None else _ends(self.bias_table))
 
 
+def treats_types_alike(num_rows: int, num_types: int) -> bool:
+    """Whether tables of so many rows, the untyped one among them, are for all of several types alike."""
+    return num_rows == 2 < num_types + 1
+
+
 def _ends(table: Tensor) -> Tensor:
     """The first type's row of a table [P, ..], and the untyped one."""
     return torch.stack([table[0], table[-1]])

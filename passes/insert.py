@@ -24,7 +24,7 @@ from torch.fx import GraphModule, Node
 from freeact_fx.config import QuantConfig
 from freeact_fx.reasons import Reason
 from freeact_fx.reference import slice_of_token
-from freeact_fx.transform import GroupTransform, PackedLinear
+from freeact_fx.transform import GroupTransform, PackedLinear, treats_types_alike
 
 from .annotate import claims_of
 from .editor import Editor, aten
@@ -147,12 +147,11 @@ def _quantised_linear(
     call = editor.call
     default_type, types = o["default_type"], None
     untyped = len(o["slice_of_type"]) - 1
-    if editor.config.num_types > 1 and untyped == 1:
-        pass  # the group treats all types alike, known or not
-    elif linear.state == "refused":
-        default_type = untyped
-    elif linear.types is not None and editor.config.num_types > 1:
-        types = type_tensors.of(linear.types, linear.x)
+    if not treats_types_alike(len(o["slice_of_type"]), editor.config.num_types):
+        if linear.state == "refused":
+            default_type = untyped
+        elif linear.types is not None and editor.config.num_types > 1:
+            types = type_tensors.of(linear.types, linear.x)
     statics = (o["widths"], o["slice_of_type"], default_type)
     key = (linear.x, types, *(o[n] for n in _GROUP_OPERANDS), *map(str, statics), o["qmax"])
     if key not in groups:

@@ -26,7 +26,7 @@ from ..packing import Packer
 from ..passes.node_facts import LinearFact
 from ..reference import transform
 from ..report import ActivationReport, Report
-from ..transform import GroupTransform
+from ..transform import GroupTransform, treats_types_alike
 
 NUM_BINS = 128  # even: bins are merged in pairs about zero
 
@@ -107,11 +107,8 @@ class _Recorder:
                 name = self._names.get(id(weight), linear.name)
                 if name in self._groups:
                     found = self._transform_of(name, linear, weight, packer)
-                    known = linear.state != "refused" or (
-                        config.num_types > 1 and not found.is_typed
-                    )
-                    default = 0 if known else config.num_types
-                    labels = (*config.type_names, "untyped")
+                    default = config.num_types if linear.state == "refused" else 0
+                    labels = config.row_names
                     group = self._groups[name]
                     return lambda x, types: self._take(group, found, labels, default, x, types)
             return lambda x, types: None
@@ -151,7 +148,8 @@ class _Recorder:
         for number in present:
             mine = rows if numbers is None else rows[numbers == number]
             index = number if 0 <= number < len(labels) else 0
-            for stage, values in (("before", mine), ("after", _rounded_values(found, mine, index))):
+            row = 0 if treats_types_alike(found.num_rows, len(labels) - 1) else index
+            for stage, values in (("before", mine), ("after", _rounded_values(found, mine, row))):
                 key = (group, labels[index], stage)
                 self._histograms.setdefault(key, _Histogram()).add(values)
 
@@ -164,7 +162,6 @@ class _Recorder:
 
 def _rounded_values(t: GroupTransform, rows: Tensor, index: int) -> Tensor:
     """What is rounded of tokens [m, K] of type ``index``: their slice of the transformed values, [m, w]."""
-    index = index if index < t.num_rows else 0  # the group treats all types alike
     z, _ = transform(
         rows,
         None,

@@ -24,7 +24,13 @@ from torch import Tensor
 
 from .. import reference
 from ..config import QuantConfig
-from ..transform import GroupTransform, PackedLinear, quantize_branch, quantize_weight
+from ..transform import (
+    GroupTransform,
+    PackedLinear,
+    quantize_branch,
+    quantize_weight,
+    treats_types_alike,
+)
 
 # Tokens at a time: an output of 16384 channels takes 64 MB in fp32.
 _BLOCK = 1024
@@ -165,11 +171,11 @@ class GroupCheck:
     @property
     def is_alike(self) -> bool:
         """Whether there are types, and the group treats all of them alike."""
-        return self.config.num_types > 1 and not self.transform.is_typed
+        return treats_types_alike(self.transform.num_rows, self.config.num_types)
 
     @property
     def row_names(self) -> tuple[str, ...]:
-        return (*(("all types",) if self.is_alike else self.config.type_names), "untyped")
+        return ("all types", "untyped") if self.is_alike else self.config.row_names
 
     @property
     def seen(self) -> list[int]:
@@ -225,15 +231,18 @@ class GroupCheck:
 
     def rows_of(self, types: Tensor | None, x: Tensor) -> Tensor:
         """Rows of the tables that the tokens of an activation use."""
-        if types is not None and not self.is_alike:
+        if self.is_alike:
+            types, row = None, 0
+        else:
+            row = len(self.row_names) - 1 if self.state == "refused" else 0
+        if types is not None:
             return types.long().to(x.device)
-        row = len(self.row_names) - 1 if self.state == "refused" and not self.is_alike else 0
         return torch.full(x.shape[:-1], row, device=x.device)
 
     def _depends_on_type(self) -> bool:
         t = self.transform
         by_table = t.shift is not None or t.own_rank or len(set(t.slice_of_type)) > 1
-        return bool(by_table) and self.config.num_types > 1 and not self.is_alike
+        return bool(by_table) and self.transform.is_typed
 
     def _transformed(
         self, u: Tensor, rows: Tensor, transform: GroupTransform
