@@ -307,9 +307,9 @@ def hopper_transform_tile(
         registers, programs, ahead = 96, 5, False
         if prologue != "none":
             # What waits for all of a token before the products: the copy engine brings it, if it is one piece.
-            in_pieces = d2 % 8 or rows_in[1] or columns[1]
-            tokens_ahead = 0 if in_pieces else 2
-            registers, programs = (128, 4) if in_pieces or prologue != "rms" else (96, 5)
+            copied = d2 % 8 == 0 and not (rows_in[1] or columns[1])
+            tokens_ahead = 2 if copied else 0
+            registers, programs = (96, 5) if copied and prologue == "rms" else (128, 4)
     elif size <= 64 * 128:
         registers, programs = (168, 3) if size <= 64 * 96 else (255, 2)
         if rows == 128:

@@ -428,8 +428,8 @@ def test_auto_is_never_worse_than_single(
         branch += sum(t.nbytes for n, t in linear.tensors().items() if n.startswith("branch"))
     if fitted.num_rows < num_types + 1:
         # In place of tables by type.
-        branch -= (num_types - 1) * sum(2 * 48 + 4 * linear.weight.shape[0] for linear in packed)
-        branch += (num_types - 1) * 2 * 48 * (len(packed) - 1)
+        num_outputs = sum(linear.weight.shape[0] for linear in packed)
+        branch -= (num_types - 1) * (2 * 48 + 4 * num_outputs)
     assert sum(linear.weight.nbytes for linear in packed) + branch <= budget * codes
 
 
