@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from freeact_fx import runner
+
 # Deterministic, so that a red run can be repeated; --hypothesis-profile=random hunts for more.
 settings.register_profile("freeact", deadline=None, database=None, derandomize=True)
 settings.register_profile("random", deadline=None, database=None)
@@ -17,9 +19,11 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    """Each test compiles on its own: Dynamo counts recompilations per code object, over all tests."""
+def fresh_process() -> Iterator[None]:
+    """Each test compiles on its own: Dynamo counts recompilations per code object, over all tests, and types that are
+    recorded for hidden states of an earlier test, not collected yet, are no types of this one's."""
     torch.manual_seed(0)
     torch._dynamo.reset()
+    runner._recorded.clear()
     yield
     torch._dynamo.reset()
