@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 from tiny_model import MASK, masked_ids, tiny_model
 
 import freeact_fx
@@ -425,12 +425,12 @@ def test_colours_and_motion_follow_the_system(show: Open) -> None:
     assert page.evaluate(brightness) > 200
     assert page.evaluate("getComputedStyle(document.documentElement).scrollBehavior") == "smooth"
     page.locator("#costs").scroll_into_view_if_needed()
-    page.locator("#costs .chart svg").first.wait_for()
-    ink = "document.querySelector('#costs .chart svg text').getAttribute('fill')"
-    light = page.evaluate(ink)
+    text = page.locator("#costs .chart svg text").first
+    light = text.get_attribute("fill") or ""
     page.emulate_media(color_scheme="dark", reduced_motion="reduce")
     assert page.evaluate(brightness) < 60
-    assert page.evaluate(ink) != light
+    # The browser tells its listeners with the next frame.
+    expect(text).not_to_have_attribute("fill", light, timeout=20_000)
     assert page.evaluate("getComputedStyle(document.documentElement).scrollBehavior") == "auto"
 
 
