@@ -31,11 +31,11 @@ import torch
 from torch import Tensor
 
 from freeact_fx import reference
+from freeact_fx.config import MAX_RANK
 
 from .prologue import NO_PROLOGUE, Prologue, before_transform
 from .tiles import (
     LARGEST_NUM_CODES,
-    LARGEST_RANK,
     branch_tile,
     branch_width,
     fits_hopper,
@@ -482,7 +482,7 @@ def is_hopper(device: torch.device) -> bool:
 def takes_linear(codes: Tensor, weight: Tensor, dtype: torch.dtype, rank: int = 0) -> bool:
     """Whether ``engine_linear`` is the kernel for a Linear on Hopper; ``rank`` columns of its branch."""
     fits = fits_hopper(codes.shape[-1], weight.shape[0], dtype.itemsize)
-    return is_hopper(codes.device) and fits and rank <= LARGEST_RANK
+    return is_hopper(codes.device) and fits and rank <= MAX_RANK
 
 
 @engine_op

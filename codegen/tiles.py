@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
+from freeact_fx.config import MAX_RANK
+
 # Bytes of shared memory that one program may use.
 _SHARED_BYTES = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448}
 _SMALLEST_SHARED_BYTES = 101376
@@ -16,8 +18,6 @@ _ACCUMULATORS_PER_THREAD = 128
 
 # The accumulator of the int8 engine holds 16 * codes . codes_W in int32.
 LARGEST_NUM_CODES = (2**31 - 1) // (16 * 7 * 127)
-# Columns of a branch, of all types together, that kernels multiply.
-LARGEST_RANK = 128
 
 
 def branch_width(rank: int) -> int:
@@ -351,7 +351,7 @@ def branch_tile(num_codes: int, rank: int) -> BranchTile | None:
     """The tile of a branch of some columns, or None where there is no kernel for it: chunks of the even and of the odd
     features are whole."""
     sizes = [size for size in (256, 128, 64) if num_codes % (2 * size) == 0]
-    if not sizes or num_codes > LARGEST_NUM_CODES or rank > LARGEST_RANK:
+    if not sizes or num_codes > LARGEST_NUM_CODES or rank > MAX_RANK:
         return None
     block_m, block_k, block_r = 64, sizes[0], _padded(rank)
     # 32 KB for the exchange between threads, and for the copies' barriers.

@@ -16,6 +16,10 @@ ActivationBits = Literal[4, 8, "e4m3"]
 # What QuantConfig.quick changes. A branch is what a group that is not given to all plans most likely ends up with.
 QUICK: Mapping[str, Any] = {"plan": "branch", "plans_measured": 1, "sample_tokens": 128}
 
+# Columns of a branch, of all types together, that the GPU's kernels multiply. Wide groups of an 8B model have room for
+# more under the default budget: 153 to 175.
+MAX_RANK = 128
+
 
 @dataclass(frozen=True)
 class QuantConfig:
@@ -110,17 +114,16 @@ class QuantConfig:
             f"must be one of {', '.join(plans)}",
             nearest_name(str(self.plan), plans).strip(" ."),
         )
-        for name, least, default in (
-            ("branch_rank", 1, 32),
-            ("sample_tokens", 16, 256),
-            ("plans_measured", 1, 3),
-            ("refine_steps", 0, 0),
+        for name, least, most, default in (
+            ("branch_rank", 1, MAX_RANK, 32),
+            ("sample_tokens", 16, None, 256),
+            ("plans_measured", 1, None, 3),
+            ("refine_steps", 0, None, 0),
         ):
             value = getattr(self, name)
-            ok = isinstance(value, int) and value >= least
-            self._check(
-                name, ok, f"must be an integer of at least {least}", f"{default} is the default"
-            )
+            ok = isinstance(value, int) and value >= least and (most is None or value <= most)
+            rule = f"must be an integer of at least {least}" + (f", {most} at most" if most else "")
+            self._check(name, ok, rule, f"{default} is the default")
         ok = isinstance(self.memory_budget, (int, float)) and self.memory_budget >= 1
         self._check("memory_budget", ok, "must be at least 1", "1.1 is the default")
         self._check("seed", isinstance(self.seed, int), "must be an integer", "0 is the default")

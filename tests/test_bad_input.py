@@ -176,6 +176,7 @@ def test_ill_formed_token_types(make: Callable[[], TokenTypes], parts: tuple[str
         ("memory_budget", "big", ("must be", "got 'big'")),
         ("branch_rank", 0, ("must be", "got 0")),
         ("branch_rank", 2.5, ("must be", "got 2.5")),
+        ("branch_rank", 129, ("128 at most", "got 129")),
         ("sink", "last", ("must be 'first' or None, got 'last'",)),
         ("sample_tokens", 1, ("must be", "got 1")),
         ("sample_tokens", None, ("must be", "got None")),
