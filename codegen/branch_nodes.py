@@ -1,4 +1,4 @@
-"""What stands in a graph between a branch and the kernels that multiply it: in bf16, columns a multiple of eight."""
+"""What stands in a graph between a branch's coefficients and their product: in bf16, columns a multiple of eight."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.fx import Node
 from .graph_nodes import add_call
 from .tiles import branch_width
 
-aten, prims, freeact = torch.ops.aten, torch.ops.prims, torch.ops.freeact
+aten, prims = torch.ops.aten, torch.ops.prims
 
 
 def pad_columns(table: Node) -> Node:
@@ -52,11 +52,3 @@ def _made_plain(coefficients: Any, scale: Node) -> Node | None:
     wide, by = plain.args
     is_ours = by.args == scale.args and wide.target is prims.convert_element_type.default
     return wide.args[0] if is_ours and wide.args[0].meta["val"].dtype == torch.bfloat16 else None
-
-
-def branch_of_linear(weight: Node, scale: Node, weight_scale: Node, one: float) -> Node:
-    """A branch's weight [R, N] with its scale [R] as an ``engine_linear`` takes it; ``one`` is of ``ONE_IN_SUMS``."""
-    of_outputs = add_call(weight.graph, aten.select.int, weight_scale, 0, 0)
-    return add_call(
-        weight.graph, freeact.engine_branch_table.default, weight, scale, of_outputs, one
-    )

@@ -121,11 +121,10 @@ def _swap_branch(transform: Node) -> bool:
         return False
     graph = transform.graph
     with graph.inserting_before(transform):
-        columns = add_call(graph, freeact.engine_branch_table.default, lowrank, None, None, 1.0)
         unrounded = (*tensors[:7], widths, slice_of_type, default_type, 0)
         transformed = add_call(graph, freeact.engine_transform_quantize.default, *unrounded)
         z = add_call(graph, operator.getitem, transformed, 0)
-    rounded = (z, columns, types, clip, default_type, own_rank, qmax)
+    rounded = (z, lowrank, types, clip, default_type, own_rank, qmax)
     with graph.inserting_before(transform):
         quantized = add_call(graph, freeact.engine_branch_quantize.default, *rounded)
         scale = add_call(graph, operator.getitem, quantized, 1)

@@ -8,7 +8,6 @@ each (``kernels/int_mm``)::
 * ``freeact::engine_transform_quantize``   one kernel per group; ``prologue_ops`` has those with what precedes it
 * ``freeact::engine_branch_quantize``      one more per group with a branch, whose transform leaves its values in bf16
   (Hopper)
-* ``freeact::engine_branch_table``         one small kernel for what that multiplies, and one for each Linear (Hopper)
 * ``freeact::engine_branch_product``       a Linear's part of it, where ``engine_linear`` does not take it (Hopper)
 * ``freeact::engine_int_mm``               one kernel per Linear; a template that Inductor fuses the epilogue into
 * ``freeact::engine_linear``               one kernel per Linear that brings its epilogue along (Hopper)
@@ -31,20 +30,18 @@ import torch
 from torch import Tensor
 
 from freeact_fx import reference
-from freeact_fx.config import MAX_RANK
 
 from .prologue import NO_PROLOGUE, Prologue, before_transform
 from .tiles import (
     LARGEST_NUM_CODES,
     branch_tile,
     branch_width,
+    fits_branch,
     fits_hopper,
     hopper_transform_tile,
 )
 
 E4M3 = torch.float8_e4m3fn
-# What the product of two codes that are 1 adds to the sums of ``engine_linear``'s kernel, by the dtype of its codes.
-ONE_IN_SUMS = {torch.int8: 16.0, E4M3: 2.0**-9}
 _Op = TypeVar("_Op", bound=Callable[..., object])
 
 
@@ -205,7 +202,7 @@ def fake_codes(x: Tensor, left: Tensor, right: Tensor, qmax: int) -> tuple[Tenso
 @engine_op
 def engine_branch_quantize(
     z: Tensor,
-    columns: Tensor,
+    lowrank: Tensor,
     token_type: Tensor | None,
     clip: Tensor,
     default_type: int,
@@ -215,11 +212,11 @@ def engine_branch_quantize(
     """What ``freeact::transform_quantize_branch`` does after its transform.
 
     z         [..., K'] bf16, in engine order
-    columns   [K', R] bf16: the codes of the branch; for the kernel R is a multiple of eight
+    lowrank   [K', R] int8, in plain order
     own_rank  as there
 
-    Returns codes [..., K'] int8 or e4m3 in engine order, scale [..., 1] fp32 and coefficients [..., R] bf16, divided by
-    the scale.
+    Returns codes [..., K'] int8 or e4m3 in engine order, scale [..., 1] fp32 and coefficients [..., branch_width(R)]
+    bf16, divided by the scale, zeros behind R.
     """
     flat, lead = z.reshape(-1, z.shape[-1]), z.shape[:-1]
     types = None if token_type is None else token_type.reshape(-1)
@@ -227,17 +224,17 @@ def engine_branch_quantize(
     if has_kernels(z.device):
         from .kernels.hopper_branch_quantize import hopper_branch_quantize
 
-        operands = (flat.contiguous(), columns.contiguous(), types, clip.contiguous())
+        operands = (flat.contiguous(), lowrank.contiguous(), types, clip.contiguous())
         codes, scale, coefficients = hopper_branch_quantize(*operands, *static)
     else:
-        codes, scale, coefficients = _branch_quantize(flat, columns, types, clip, *static)
-    coefficients = coefficients.view(*lead, columns.shape[1])
+        codes, scale, coefficients = _branch_quantize(flat, lowrank, types, clip, *static)
+    coefficients = coefficients.view(*lead, coefficients.shape[-1])
     return codes.view(z.shape), scale.view(*lead, 1), coefficients
 
 
 def _branch_quantize(
     z: Tensor,
-    columns: Tensor,
+    lowrank: Tensor,
     types: Tensor | None,
     clip: Tensor,
     default_type: int,
@@ -245,51 +242,21 @@ def _branch_quantize(
     qmax: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The reference with z and the coefficients rounded to bf16."""
-    columns = torch.cat([columns[0::2], columns[1::2]])
-    z, columns = z.float(), columns.float() * reference.column_step(columns.shape[0])
+    z, columns = z.float(), reference.branch_columns(torch.cat([lowrank[0::2], lowrank[1::2]]))
     exact = reference.branch_coefficients(z, columns, types, default_type, own_rank)
     rest = z - exact.bfloat16().float() @ columns.t()
     clip_of_token = reference.rows_of_type(clip, types, default_type).unsqueeze(-1)
     codes, scale = reference.quantize_tokens(rest, clip_of_token, qmax)
-    return codes, scale, (exact / scale).bfloat16()
+    padding = branch_width(lowrank.shape[1]) - lowrank.shape[1]
+    in_units = torch.nn.functional.pad(exact / scale, (0, padding))
+    return codes, scale, in_units.bfloat16()
 
 
 @engine_fake(engine_branch_quantize)
-def _(z, columns, token_type, clip, *static):  # type: ignore[no-untyped-def]
+def _(z, lowrank, token_type, clip, *static):  # type: ignore[no-untyped-def]
     codes = z.new_empty(z.shape, dtype=_codes_dtype(static[-1]))
     scale = z.new_empty((*z.shape[:-1], 1), dtype=torch.float32)
-    return codes, scale, z.new_empty((*z.shape[:-1], columns.shape[1]))
-
-
-@engine_op
-def engine_branch_table(
-    table: Tensor, row_scale: Tensor | None, column_scale: Tensor | None, one: float
-) -> Tensor:
-    """A table of a branch [I, J] as kernels on Hopper multiply it: bf16, by rows, J a multiple of eight.
-
-    Each value times ``one`` and ``row_scale`` [I] fp32, divided by ``column_scale`` [J] fp32, where they are not None.
-
-    Why an op, which Inductor could write: it would do so where the table is first read, between two of our kernels,
-    and the second of them could not start ahead.
-    """
-    if has_kernels(table.device):
-        from .kernels.branch_table import branch_table
-
-        return branch_table(table, row_scale, column_scale, one)
-    values = table.float() * one
-    if row_scale is not None:
-        values = values * row_scale.unsqueeze(1)
-    if column_scale is not None:
-        values = values / column_scale
-    num_columns = table.shape[1]
-    padding = branch_width(num_columns) - num_columns
-    return torch.nn.functional.pad(values, (0, padding)).bfloat16()
-
-
-@engine_fake(engine_branch_table)
-def _(table, row_scale, column_scale, one):  # type: ignore[no-untyped-def]
-    num_rows, num_columns = table.shape
-    return table.new_empty((num_rows, branch_width(num_columns)), dtype=torch.bfloat16)
+    return codes, scale, z.new_empty((*z.shape[:-1], branch_width(lowrank.shape[1])))
 
 
 @engine_op
@@ -350,6 +317,7 @@ def engine_linear(
     dtype: torch.dtype,
     coefficients: Tensor | None = None,
     branch_weight: Tensor | None = None,
+    branch_scale: Tensor | None = None,
 ) -> Tensor:
     """Product and epilogue in one: ``reference.epilogue``.
 
@@ -360,15 +328,16 @@ def engine_linear(
     bias_table    [P, N] fp32, or None
     token_type    [...] integers, or None: all tokens are ``default_type``
     slice_sizes   columns of each slice, even numbers; their sum is K'
-    coefficients  [..., R] bf16, divided by ``scale``, R a multiple of eight, with branch_weight [R or less, N] bf16,
-                  divided by ``weight_scale`` and times ``ONE_IN_SUMS``, for plans of one slice; or None. Their product
-                  is added to the kernel's sums
+    coefficients  [..., branch_width(R)] bf16, divided by ``scale``, with branch_weight [R, N] int8 and branch_scale [R]
+                  fp32, for plans of one slice; or None. The weight's values are rounded to bf16 in units of the
+                  kernel's sums, onto which their product is added
 
     Returns [..., N] of ``dtype``. The kernel is for shapes that ``takes_linear`` and Hopper.
     """
     if has_kernels(codes.device):
         bias_tables = [] if bias_table is None else [bias_table]
         branch_weights = [] if branch_weight is None else [branch_weight]
+        branch_scales = [] if branch_scale is None else [branch_scale]
         (out,) = engine_linears(
             codes,
             scale,
@@ -382,13 +351,14 @@ def engine_linear(
             dtype,
             coefficients,
             branch_weights,
+            branch_scales,
         )
         return out
     product = engine_int_mm(codes, weight)
-    if coefficients is not None and branch_weight is not None:
+    if coefficients is not None and branch_weight is not None and branch_scale is not None:
+        in_sums = branch_weight.float() * branch_scale.unsqueeze(1) / weight_scale
         in_units = coefficients[..., : branch_weight.shape[0]]
-        of_branch = in_units.float() @ branch_weight.float()
-        product = product + of_branch / ONE_IN_SUMS[codes.dtype]
+        product = product + in_units.float() @ in_sums.bfloat16().float()
     return reference.epilogue(
         product,
         scale,
@@ -418,11 +388,11 @@ def engine_linears(
     dtype: torch.dtype,
     coefficients: Tensor | None,
     branch_weights: Sequence[Tensor],
+    branch_scales: Sequence[Tensor],
 ) -> list[Tensor]:
     """``engine_linear`` of several weights; all have bias tables or a branch, or none has, and the list is empty."""
-    rows = zip(
-        weights, weight_scales, *_lists(len(weights), bias_tables, branch_weights), strict=True
-    )
+    optional = _lists(len(weights), bias_tables, branch_weights, branch_scales)
+    rows = zip(weights, weight_scales, *optional, strict=True)
     if not has_kernels(codes.device):
         return [
             engine_linear(
@@ -438,8 +408,9 @@ def engine_linears(
                 dtype,
                 coefficients,
                 branch_weight,
+                branch_scale,
             )
-            for weight, weight_scale, bias_table, branch_weight in rows
+            for weight, weight_scale, bias_table, branch_weight, branch_scale in rows
         ]
     from .kernels.hopper_int_mm import hopper_linears
 
@@ -482,7 +453,7 @@ def is_hopper(device: torch.device) -> bool:
 def takes_linear(codes: Tensor, weight: Tensor, dtype: torch.dtype, rank: int = 0) -> bool:
     """Whether ``engine_linear`` is the kernel for a Linear on Hopper; ``rank`` columns of its branch."""
     fits = fits_hopper(codes.shape[-1], weight.shape[0], dtype.itemsize)
-    return is_hopper(codes.device) and fits and rank <= MAX_RANK
+    return is_hopper(codes.device) and fits and fits_branch(rank, weight.shape[0])
 
 
 @engine_op

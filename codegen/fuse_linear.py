@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from .branch_nodes import branch_of_linear, coefficients_of_linear
-from .engine_ops import ONE_IN_SUMS, takes_linear
+from .branch_nodes import coefficients_of_linear
+from .engine_ops import takes_linear
 from .graph_nodes import add_call
 from .tiles import MOST_TYPES
 
@@ -60,11 +60,9 @@ def fuse_linear(graph: Graph, product: Node, output: Node) -> bool:
     of_branch: tuple[Node, ...] = ()
     if branch is not None:
         coefficients, branch_weight, branch_scale = branch.args
-        of_weight = branch_weight, branch_scale, weight_scale.table
-        with graph.inserting_before(_transform_of(codes, *of_weight) or output):
-            in_sums = branch_of_linear(*of_weight, ONE_IN_SUMS[codes.meta["val"].dtype])
         with graph.inserting_before(output):
-            of_branch = coefficients_of_linear(coefficients, scale), in_sums
+            in_units = coefficients_of_linear(coefficients, scale)
+        of_branch = in_units, branch_weight, branch_scale
     with graph.inserting_before(output):
         scales = (scale, weight, weight_scale.table)
         args = (codes, *scales, bias.table, *types, dtype, *of_branch)
@@ -94,15 +92,16 @@ def join_linears(graph: Graph) -> None:
         columns = [list(column) for column in zip(*(n.args for n in linears), strict=True)]
         codes, scale, _, _, bias, *static = linears[0].args[:10]
         weights, weight_scales, bias_tables = columns[2:5]
-        coefficients, branch_weights = None, []
+        coefficients: Any = None
+        of_branch: list[Any] = [[], []]
         if len(columns) > 10:
-            (coefficients, *_), branch_weights = columns[10:]
+            (coefficients, *_), *of_branch = columns[10:]
         with graph.inserting_before(linears[0]):
             joined = add_call(
                 graph,
                 freeact.engine_linears.default,
                 *(codes, scale, weights, weight_scales, [] if bias is None else bias_tables),
-                *(*static, coefficients, branch_weights),
+                *(*static, coefficients, *of_branch),
             )
             outputs = [
                 add_call(graph, operator.getitem, joined, number) for number in range(len(linears))
@@ -114,15 +113,6 @@ def join_linears(graph: Graph) -> None:
 
 def _is_branch(node: Any) -> bool:
     return isinstance(node, Node) and node.target is freeact.engine_branch_product.default
-
-
-def _transform_of(codes: Node, *inputs: Node) -> Node | None:
-    """The transform in front of codes with a branch, if what is made of some nodes can be made before it."""
-    quantized: Any = codes.args[0] if codes.target is operator.getitem else None
-    if quantized is None or quantized.target is not freeact.engine_branch_quantize.default:
-        return None
-    transform: Node = quantized.args[0].args[0]
-    return transform if all(node.op == "placeholder" for node in inputs) else None
 
 
 class _Row(NamedTuple):

@@ -21,9 +21,9 @@ import torch
 
 from freeact_fx import reference
 from freeact_fx.compat import register_decomposition
-from freeact_fx.config import MAX_RANK
 
 from .engine_ops import has_kernels, is_hopper, makes_codes, takes_branch
+from .tiles import fits_branch
 
 
 @functools.cache
@@ -67,7 +67,7 @@ def _branch_product(
     coefficients: torch.Tensor, branch_weight: torch.Tensor, branch_scale: torch.Tensor
 ) -> torch.Tensor:
     rank, num_outputs = branch_weight.shape
-    if is_hopper(branch_weight.device) and rank <= MAX_RANK and num_outputs % 8 == 0:
+    if is_hopper(branch_weight.device) and fits_branch(rank, num_outputs):
         operands = (coefficients, branch_weight, branch_scale)
         product: torch.Tensor = torch.ops.freeact.engine_branch_product.default(*operands)
         return product

@@ -225,6 +225,11 @@ def fits_hopper(num_codes: int, num_outputs: int, output_bytes: int) -> bool:
     )
 
 
+def fits_branch(rank: int, num_outputs: int) -> bool:
+    """Whether that kernel multiplies the branch of a Linear, whose weights are int8 in rows of its outputs."""
+    return rank == 0 or (rank <= MAX_RANK and num_outputs % 16 == 0)
+
+
 @dataclass(frozen=True)
 class TransformTile:
     """The padded shape of one token in the transform: X [block_in, columns], Z [block_out, columns].
@@ -358,6 +363,33 @@ def branch_tile(num_codes: int, rank: int) -> BranchTile | None:
     stage_bytes = 2 * block_k * (block_m + block_r)
     num_stages = min(8, (_SHARED_BYTES[90] - 32768) // stage_bytes)
     return BranchTile(block_m, block_k, block_r, 8, num_stages)
+
+
+# At most so many tokens have a program each for parts of their features. What a program reads of a branch's columns is
+# then for one token; with more of them that takes longer than going over tiles of tokens.
+FEW_TOKENS = 256
+# Codes of columns that a program has in registers, 32 of them in each thread.
+_FEW_TOKENS_CODES = 32 * 4 * 256
+
+
+@dataclass(frozen=True)
+class FewTokensTile:
+    """The part of a token's features [block_k], and of a branch's columns [block_k, block_r], of a program; one of them
+    makes the codes of all, ``chunk`` at a time."""
+
+    block_k: int
+    block_r: int
+    chunk: int
+    num_warps: int = 8
+
+
+@functools.cache
+def few_tokens_tile(num_codes: int, rank: int) -> FewTokensTile:
+    """The tile of a branch that has a ``branch_tile``; a part has even features alone, or odd ones."""
+    block_r = _padded(rank)
+    power = num_codes & -num_codes
+    block_k = min(power // 2, _FEW_TOKENS_CODES // block_r)
+    return FewTokensTile(block_k, block_r, min(power, 1024))
 
 
 def _in_pieces(size: int) -> tuple[int, int]:

@@ -30,11 +30,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from freeact_fx.codegen.tiles import BranchTile, branch_tile
+from freeact_fx.codegen.tiles import FEW_TOKENS, BranchTile, branch_tile, branch_width
 from freeact_fx.reference import column_step
 
 from .gluon_names import barrier, load_tile
 from .hopper_arithmetic import larger, larger_magnitude, to_e4m3, to_int4
+from .hopper_branch_few import branch_quantize_few
 from .hopper_int_mm import types_of
 from .hopper_transform_quantize import SMALLEST
 from .launches import Launch
@@ -205,7 +206,7 @@ def layouts(tile: BranchTile) -> tuple[Any, Any]:
 
 def hopper_branch_quantize(
     z: Tensor,
-    columns: Tensor,
+    lowrank: Tensor,
     token_type: Tensor | None,
     clip: Tensor,
     default_type: int,
@@ -215,16 +216,21 @@ def hopper_branch_quantize(
     """Coefficients, and codes of what is left, of transformed tokens.
 
     z           [M, K] bf16, contiguous
-    columns     [K, R] bf16, contiguous: codes of the branch (``reference.branch_codes``), rows in plain order
+    lowrank     [K, R] int8, contiguous: codes of the branch (``reference.branch_codes``), rows in plain order
     token_type  [M] integers, or None: all tokens are ``default_type``
     clip        [P] fp32
     own_rank    as in ``reference.transform``
     qmax        7 or 448
 
     Shapes are those of ``tiles.branch_tile``. Returns codes [M, K] int8 (e4m3 for 448), scale [M, 1] fp32 and
-    coefficients [M, R] bf16, in units of the scale.
+    coefficients [M, branch_width(R)] bf16, in units of the scale.
     """
-    (num_tokens, num_features), rank = z.shape, columns.shape[1]
+    num_tokens, num_features = z.shape
+    if 0 < num_tokens <= FEW_TOKENS:
+        return branch_quantize_few(z, lowrank, token_type, clip, default_type, own_rank, qmax)
+    rank = branch_width(lowrank.shape[1])
+    # In bf16 and with rows at multiples of 16 bytes, for the copy engine and the tensor cores.
+    columns = torch.nn.functional.pad(lowrank, (0, rank - lowrank.shape[1])).bfloat16()
     codes = torch.empty(num_tokens, num_features, dtype=torch.int8, device=z.device)
     scale = torch.empty(num_tokens, 1, dtype=torch.float32, device=z.device)
     coefficients = torch.empty(num_tokens, rank, dtype=torch.bfloat16, device=z.device)

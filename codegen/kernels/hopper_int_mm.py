@@ -21,8 +21,9 @@ what comes after the last of them comes after all.
 e4m3 codes differ in unpacking and in the accumulator. With PROMOTED the sum of a step is added to the rest in fp32, as
 in ``int_mm``; registers hold both, so tiles are smaller. Without, all is left to the tensor core.
 
-A branch is more steps in the same ring, behind those of the codes: its columns in bf16, as many as take the bytes of a
-step, multiplied onto the sums in their units. Where K is split all programs copy them, and the last one multiplies.
+A branch is more steps in the same ring, behind those of the codes: coefficients in bf16, as many as take the bytes of
+codes, and their 8-bit weights, which become bf16 in registers, in the units of the sums. Where K is split all programs
+copy them, and the last one multiplies.
 
 A token's codes outside of its own slice are zeros, so a tile of tokens takes only the steps from the first to the last
 of the slices that occur in it. Each of the warps finds that out for itself.
@@ -56,6 +57,9 @@ from .gluon_names import barrier, load_tile, store_tile
 from .int_mm import partial_dtype
 from .launches import Launch
 from .stream_order import allow_next_kernel, counters, wait_for_previous_kernel
+
+# What the product of two codes that are 1 adds to the sums, by the dtype of the tokens' codes.
+ONE_IN_SUMS = {torch.int8: 16.0, torch.float8_e4m3fn: 2.0**-9}
 
 _OLD_NAME = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))
 
@@ -276,7 +280,7 @@ def copy_tiles(
             stage = step % STAGES
             arrived = full.index(stage)
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            mbarrier.expect(arrived, (GROUPS * ROWS + BLOCK_M) * BLOCK_K)
+            mbarrier.expect(arrived, (GROUPS * ROWS // 2 + BLOCK_M) * BLOCK_K)
             for group in gl.static_range(GROUPS):
                 first_n = (tile_n * GROUPS + group) * ROWS
                 target = for_copy(weight_ring.index(GROUPS * stage + group), branch)
@@ -418,11 +422,17 @@ def plus_branch(
     total,
     coefficients,
     branch,
+    branch_scale_ptr,
+    weight_scale_ptr,
     codes_ring,
     weight_ring,
     full,
     empty,
     step,
+    first_n,
+    N,
+    R,
+    ONE: gl.constexpr,
     GROUPS: gl.constexpr,
     RANK: gl.constexpr,
     GROUP: gl.constexpr,
@@ -430,12 +440,20 @@ def plus_branch(
 ):
     """The sums of a group's outputs, in fp32, plus those of the branch, whose steps begin with ``step``."""
     STAGES: gl.constexpr = weight_ring.shape[0] // GROUPS
+    ROWS: gl.constexpr = weight_ring.shape[1]
     BLOCK_K: gl.constexpr = weight_ring.shape[2]
+    left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout, k_width=2)
     total = gl.convert_layout(total.to(gl.float32), layout)  # the same threads have the same sums
-    for _column in gl.static_range(0, RANK, BLOCK_K // 2):
+    n = first_n + gl.arange(0, ROWS, gl.SliceLayout(1, left))
+    of_sums = ONE / gl.load(weight_scale_ptr + n, n < N, 1.0)
+    for column in gl.static_range(0, RANK, BLOCK_K // 2):
+        r = column + gl.arange(0, BLOCK_K // 2, gl.SliceLayout(0, left))
+        of_columns = gl.load(branch_scale_ptr + r, r < R, 0.0)
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-        of_outputs = for_copy(weight_ring.index(GROUPS * stage + GROUP), branch).permute((1, 0))
+        weights = for_copy(weight_ring.index(GROUPS * stage + GROUP), branch).permute((1, 0))
+        weights = weights.load(left).to(gl.float32) * of_columns[None, :] * of_sums[:, None]
+        of_outputs = weights.to(gl.bfloat16)
         of_tokens = for_copy(codes_ring.index(2 * stage), coefficients).permute((1, 0))
         total = warpgroup_mma(of_outputs, of_tokens, total, is_async=True)
         total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
@@ -449,6 +467,7 @@ def multiply_tiles(
     out,
     coefficients,
     branch,
+    branch_scale_ptr,
     scale_ptr,
     weight_scale_ptr,
     bias_ptr,
@@ -464,6 +483,7 @@ def multiply_tiles(
     empty,
     M,
     N,
+    R,
     num_m,
     num_n,
     num_even,
@@ -476,6 +496,7 @@ def multiply_tiles(
     FOLLOWS: gl.constexpr,
     PROMOTED: gl.constexpr,
     RANK: gl.constexpr,
+    ONE: gl.constexpr,
     GROUP: gl.constexpr,
 ):
     """One group of four warps: its part of the outputs of each tile, scaled and written out."""
@@ -566,11 +587,17 @@ def multiply_tiles(
                     total,
                     coefficients,
                     branch,
+                    branch_scale_ptr,
+                    weight_scale_ptr,
                     codes_ring,
                     weight_ring,
                     full,
                     empty,
                     step,
+                    first_n,
+                    N,
+                    R,
+                    ONE,
                     GROUPS,
                     RANK,
                     GROUP,
@@ -604,7 +631,8 @@ def hopper_linear_kernel(
     weight,  # descriptor of [N, bytes] int8
     out,  # descriptor of [M, N]
     coefficients,  # descriptor of [M, RANK] bf16, or None
-    branch,  # descriptor of [RANK or less, N] bf16, or None
+    branch,  # descriptor of [R, N] int8, or None
+    branch_scale_ptr,  # [R] fp32, or None
     scale_ptr,  # [M] fp32
     weight_scale_ptr,  # [S, N] fp32
     bias_ptr,  # [P, N] fp32, or None
@@ -613,6 +641,7 @@ def hopper_linear_kernel(
     counter_ptr,  # [tiles, GROUPS] int32 of zeros, which it leaves as such, or None
     M,
     N,
+    R,
     num_even,
     DEFAULT_TYPE: gl.constexpr,
     SLICE_OF_TYPE: gl.constexpr,
@@ -628,7 +657,8 @@ def hopper_linear_kernel(
     FOLLOWS: gl.constexpr,  # the kernel before is one
     GROUP_REGISTERS: gl.constexpr,
     PROMOTED: gl.constexpr,
-    RANK: gl.constexpr,  # columns of the branch; 0: none
+    RANK: gl.constexpr,  # R, and zeros behind it up to a multiple of 8; 0: no branch
+    ONE: gl.constexpr,  # in units of the sums
     num_warps: gl.constexpr,
 ):
     if not LEADS:
@@ -654,16 +684,16 @@ def hopper_linear_kernel(
     if GROUPS == 2:
         gl.warp_specialize([
             (multiply_tiles, (
-                out, coefficients, branch, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
+                out, coefficients, branch, branch_scale_ptr, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
                 partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
-                full, empty, M, N, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
-                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, RANK, 0,
+                full, empty, M, N, R, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
+                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, RANK, ONE, 0,
             )),
             (multiply_tiles, (
-                out, coefficients, branch, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
+                out, coefficients, branch, branch_scale_ptr, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
                 partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
-                full, empty, M, N, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
-                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, RANK, 1,
+                full, empty, M, N, R, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
+                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, RANK, ONE, 1,
             )),
             (copy_tiles, (
                 codes, weight, coefficients, branch, type_ptr, codes_ring, weight_ring, full, empty,
@@ -675,22 +705,22 @@ def hopper_linear_kernel(
         gl.static_assert(GROUPS == 3)
         gl.warp_specialize([
             (multiply_tiles, (
-                out, coefficients, branch, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
+                out, coefficients, branch, branch_scale_ptr, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
                 partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
-                full, empty, M, N, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
-                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, RANK, 0,
+                full, empty, M, N, R, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
+                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, RANK, ONE, 0,
             )),
             (multiply_tiles, (
-                out, coefficients, branch, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
+                out, coefficients, branch, branch_scale_ptr, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
                 partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
-                full, empty, M, N, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
-                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, RANK, 1,
+                full, empty, M, N, R, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
+                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, RANK, ONE, 1,
             )),
             (multiply_tiles, (
-                out, coefficients, branch, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
+                out, coefficients, branch, branch_scale_ptr, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
                 partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
-                full, empty, M, N, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
-                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, RANK, 2,
+                full, empty, M, N, R, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
+                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, RANK, ONE, 2,
             )),
             (copy_tiles, (
                 codes, weight, coefficients, branch, type_ptr, codes_ring, weight_ring, full, empty,
@@ -725,7 +755,7 @@ def layouts(
         shared([tile.rows, tile.block_k], gl.int8),
         shared([tile.block_m, tile.rows], out),
         shared([tile.block_m, tile.block_k // 2], gl.bfloat16),
-        shared([tile.block_k // 2, tile.rows], gl.bfloat16),
+        shared([tile.block_k // 2, tile.rows], gl.int8),
     )
 
 
@@ -744,6 +774,7 @@ def hopper_linear(
     promoted: bool | None = None,
     coefficients: Tensor | None = None,
     branch_weight: Tensor | None = None,
+    branch_scale: Tensor | None = None,
 ) -> Tensor:
     """A whole linear after its transform, on Hopper.
 
@@ -757,15 +788,15 @@ def hopper_linear(
     tile          None: the fastest that was measured (``tuning``), else ``choose_hopper_tile``; must be legal for the
                   shape, ``tiles.fits_hopper``
     promoted      e4m3: True keeps the products of integers exact; None: ``tiles.PROMOTED``
-    coefficients  [M, R] bf16 with branch_weight [R or less, N] bf16, both contiguous, as ``engine_linear`` has them; or
-                  None
+    coefficients  [M, branch_width(R)] bf16, divided by ``scale``, with branch_weight [R, N] int8, both contiguous, and
+                  branch_scale [R] fp32; or None
 
     Returns [M, N] of ``dtype``.
     """
     (out,) = hopper_linears(
         codes,
         scale,
-        [(weight, weight_scale, bias_table, branch_weight)],
+        [(weight, weight_scale, bias_table, branch_weight, branch_scale)],
         token_type,
         slice_sizes,
         slice_of_type,
@@ -781,7 +812,7 @@ def hopper_linear(
 def hopper_linears(
     codes: Tensor,
     scale: Tensor,
-    linears: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None]],
+    linears: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]],
     token_type: Tensor | None,
     slice_sizes: Sequence[int],
     slice_of_type: Sequence[int],
@@ -793,7 +824,7 @@ def hopper_linears(
 ) -> list[Tensor]:
     """Linears of one input side by side; ``hopper_linear`` says what is what.
 
-    linears  weight, weight_scale, bias_table and branch_weight of each
+    linears  weight, weight_scale, bias_table, branch_weight and branch_scale of each
 
     Returns [M, N] of ``dtype`` for each, N its number of outputs.
     """
@@ -808,10 +839,11 @@ def hopper_linears(
     if num_tokens == 0:
         return outputs
     static = (default_type, tuple(slice_of_type), tuple(slice_sizes))
+    one = ONE_IN_SUMS[codes.dtype]
     # Sums of parts, and counters, are not to be shared by kernels that run at a time.
     partials, used = [], 0
     for number, (linear, out) in enumerate(zip(linears, outputs, strict=True)):
-        weight, weight_scale, bias_table, branch_weight = linear
+        weight, weight_scale, bias_table, branch_weight, branch_scale = linear
         num_outputs = weight.shape[0]
         chosen = tile or known_tile(
             problem_of(num_tokens, num_outputs, slice_sizes, codes.dtype), gpu_name(codes.device)
@@ -822,9 +854,10 @@ def hopper_linears(
         of_codes, of_weight, of_out, of_coefficients, of_branch = layouts(
             chosen, dtype, codes.dtype
         )
-        rank, branch = 0, (None, None)
+        rank, num_columns, branch = 0, 0, (None, None)
         if coefficients is not None and branch_weight is not None:
-            rank, columns = coefficients.shape[1], chosen.block_k // 2
+            rank, num_columns = coefficients.shape[1], branch_weight.shape[0]
+            columns = chosen.block_k // 2
             branch = (
                 TensorDescriptor.from_tensor(
                     coefficients, [chosen.block_m, columns], of_coefficients
@@ -841,7 +874,7 @@ def hopper_linears(
             counter = counters(codes.device, chosen.groups * tiles, used)
             used += chosen.groups * tiles
         launch = _launch_of(
-            chosen, promoted, *static, rank, number == 0 and len(linears) > 1, number > 0
+            chosen, promoted, *static, rank, one, number == 0 and len(linears) > 1, number > 0
         )
         launch(
             codes.device,
@@ -850,6 +883,7 @@ def hopper_linears(
             TensorDescriptor.from_tensor(weight, [chosen.rows, chosen.block_k], of_weight),
             TensorDescriptor.from_tensor(out, [chosen.block_m, chosen.rows], of_out),
             *branch,
+            branch_scale,
             scale,
             weight_scale,
             bias_table,
@@ -858,6 +892,7 @@ def hopper_linears(
             counter,
             num_tokens,
             num_outputs,
+            num_columns,
             num_codes // 2,
         )
     return outputs
@@ -871,6 +906,7 @@ def _launch_of(
     slice_of_type: tuple[int, ...],
     slice_sizes: tuple[int, ...],
     rank: int,
+    one: float,
     leads: bool,
     follows: bool,
 ) -> Launch:
@@ -890,6 +926,7 @@ def _launch_of(
         FOLLOWS=follows,
         PROMOTED=promoted,
         RANK=rank,
+        ONE=one,
         num_warps=tile.num_warps,
         **registers(tile),
         enable_fp_fusion=True,

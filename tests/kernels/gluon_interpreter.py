@@ -13,6 +13,7 @@ from __future__ import annotations
 import builtins
 import functools
 import inspect
+import math
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -235,7 +236,11 @@ class Shared:
         return Shared(self.data.view(*map(int, shape)), self.layout)
 
     def reinterpret(self, dtype: Any, shape: Any, layout: Any) -> Shared:
-        return Shared(self.data.view(_TO_TORCH[dtype]).view(*map(int, shape)), layout)
+        """The memory, or its beginning, as another tile."""
+        size = math.prod(map(int, shape))
+        return Shared(
+            self.data.view(_TO_TORCH[dtype]).view(-1)[:size].view(*map(int, shape)), layout
+        )
 
     _reinterpret = reinterpret
 

@@ -142,11 +142,10 @@ def test_opcheck_of_a_branch(lead: tuple[int, ...], qmax: int, own_rank: int) ->
     z, _ = ops.engine_transform_quantize(*unrounded)
     assert z.dtype == torch.bfloat16
     clip = tensors[-1]
-    args = (z, torch.randint(-127, 128, (48, 4)).bfloat16(), types, clip, 0, own_rank, qmax)
+    lowrank = torch.randint(-127, 128, (48, 4)).to(torch.int8)
+    args = (z, lowrank, types, clip, 0, own_rank, qmax)
     tests = list(EVERY_CHECK if qmax == 7 else CHECKS_OF_E4M3)
     torch.library.opcheck(ops.engine_branch_quantize.default, args, test_utils=tests)
-    tables = (torch.randint(-127, 128, (48, 4)).to(torch.int8), torch.rand(48), torch.rand(4), 16.0)
-    torch.library.opcheck(ops.engine_branch_table.default, tables)
     product = (
         torch.randn(*lead, 4),
         torch.randint(-127, 128, (4, 6)).to(torch.int8),

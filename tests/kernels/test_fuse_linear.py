@@ -23,7 +23,7 @@ from freeact_fx.reference import pack_int4, rows_of_type, slice_of_token
 from freeact_fx.transform import pack_linear
 
 ops = torch.ops.freeact
-WIDTH, NUM_OUTPUTS, NUM_TYPES = 256, 24, 3
+WIDTH, NUM_OUTPUTS, NUM_TYPES = 256, 48, 3
 
 
 def linear_of(
@@ -103,7 +103,6 @@ def test_branch(plan: str, has_bias: bool, monkeypatch: pytest.MonkeyPatch) -> N
     got, names = compiled(model, x, types, monkeypatch)
     assert names["freeact.engine_transform_quantize.default"] == 1
     assert names["freeact.engine_branch_quantize.default"] == 1
-    assert names["freeact.engine_branch_table.default"] == 2
     assert names["freeact.engine_linear.default"] == 1
     assert names["freeact.engine_branch_product.default"] == 0
     assert near(got, want)
@@ -253,7 +252,8 @@ def test_linears_of_the_same_codes_are_joined(has_bias: bool, has_branch: bool) 
             pack_int4(torch.randint(-7, 8, (n, 128)).to(torch.int8)),
             torch.rand(1, n),
             torch.randn(2, n) if has_bias else None,
-            torch.randn(8, n).bfloat16(),
+            torch.randint(-127, 128, (8, n)).to(torch.int8),
+            torch.rand(8),
         )
         for n in (16, 48, 32)
     ]
@@ -264,9 +264,9 @@ def test_linears_of_the_same_codes_are_joined(has_bias: bool, has_branch: bool) 
         static = (types, [128], [0, 0], 0, torch.bfloat16)
         return [
             ops.engine_linear(
-                codes, scale, *tables, *static, *((coefficients, branch) if has_branch else ())
+                codes, scale, *tables, *static, *((coefficients, *branch) if has_branch else ())
             )
-            for *tables, branch in linears
+            for *tables, branch in ((*linear[:3], linear[3:]) for linear in linears)
         ]
 
     args = (codes, scale, types, coefficients, linears)

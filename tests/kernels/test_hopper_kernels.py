@@ -24,8 +24,9 @@ from transform_bound import BF16_ROUNDING, codes_of, values_of
 
 from freeact_fx import reference
 from freeact_fx.codegen import engine_ops
-from freeact_fx.codegen.engine_ops import ONE_IN_SUMS, to_engine_order, to_plain_order
+from freeact_fx.codegen.engine_ops import to_engine_order, to_plain_order
 from freeact_fx.codegen.kernels import (
+    hopper_branch_few,
     hopper_branch_quantize,
     hopper_int_mm,
     hopper_transform_quantize,
@@ -48,12 +49,18 @@ counter = torch.zeros(4096, dtype=torch.int32)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A chip of three multiprocessors."""
     monkeypatch.setattr(torch, "empty", poisoned_empty)
-    modules: Any = (hopper_int_mm, hopper_transform_quantize, hopper_branch_quantize)
+    modules: Any = (
+        hopper_int_mm,
+        hopper_transform_quantize,
+        hopper_branch_quantize,
+        hopper_branch_few,
+    )
     for module in modules:
         monkeypatch.setattr(module, "Launch", InterpretedLaunch)
         module._launch_of.cache_clear()
     monkeypatch.setattr(hopper_int_mm, "_num_multiprocessors", lambda device: 3)
-    monkeypatch.setattr(hopper_int_mm, "counters", lambda device, number, first: counter[first:])
+    for module in (hopper_int_mm, hopper_branch_few):
+        monkeypatch.setattr(module, "counters", lambda device, number, first: counter[first:])
     monkeypatch.setattr(hopper_transform_quantize, "_num_multiprocessors", lambda device: 1)
     yield
     for module in modules:
@@ -66,12 +73,12 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.int8, E4M3], ids=str)
 @pytest.mark.parametrize("tile", [tile for tile, _ in hopper_tiles(1024)], ids=str)
 def test_linear(tile: TileConfig, dtype: torch.dtype, order: str, rank: int) -> None:
-    """Three slices for the types if they are mixed, one otherwise."""
+    """Three slices for the types if they are mixed and there is no branch, one otherwise."""
     promoted = dtype == E4M3
     if promoted and tile.block_m * tile.rows > 64 * 128:
         tile = replace(tile, block_m=64 * 128 // tile.rows)
-    num_tokens, num_outputs = tile.block_m + 9, tile.block_n + 24
-    sizes = [1024] if order != "mixed" else [500, 24, 500]
+    num_tokens, num_outputs = tile.block_m + 9, tile.block_n + (16 if rank else 24)
+    sizes = [1024] if order != "mixed" or rank else [500, 24, 500]
     slice_of_type = [*range(len(sizes)), 0, len(sizes) - 1]
     types = torch.randint(-1, len(slice_of_type), (num_tokens,)) if order == "mixed" else None
     default = len(slice_of_type) - 1
@@ -81,10 +88,12 @@ def test_linear(tile: TileConfig, dtype: torch.dtype, order: str, rank: int) -> 
     weight_i4 = random_codes(num_outputs, 1024, largest=7)
     scale, weight_scale = torch.rand(num_tokens), torch.rand(len(sizes), num_outputs)
     table = torch.randn(len(slice_of_type), num_outputs) if order != "untyped" else None
-    # The columns behind those of the weight are zeros on the GPU; here nothing may read them.
     num_columns = max(rank - 2, 0)
-    branch = [torch.randn(n, num_columns).bfloat16() for n in (num_tokens, num_outputs)]
-    padded = torch.nn.functional.pad(branch[0], (0, rank - num_columns), value=7.0)
+    c = torch.randn(num_tokens, num_columns).bfloat16()
+    v = torch.randint(-127, 128, (num_columns, num_outputs)).to(torch.int8)
+    v_scale = torch.rand(num_columns)
+    # Behind the columns of the weight are zeros on the GPU; here nothing may read them.
+    padded = torch.nn.functional.pad(c, (0, rank - num_columns), value=7.0)
     got = hopper_int_mm.hopper_linear(
         to_engine_order(codes.to(dtype)),
         scale,
@@ -98,19 +107,19 @@ def test_linear(tile: TileConfig, dtype: torch.dtype, order: str, rank: int) -> 
         torch.bfloat16,
         tile,
         promoted,
-        *((padded, branch[1].t().contiguous()) if rank else (None, None)),
+        *((padded, v, v_scale) if rank else ()),
     )
     want = codes.double() @ weight_i4.double().t() * scale[:, None] * weight_scale.double()[chosen]
     rows = torch.zeros_like(want)
     if table is not None:
         rows += reference.rows_of_type(table, types, default).double()
-    factor = scale[:, None].double() * weight_scale.double()[chosen] / ONE_IN_SUMS[dtype]
-    of_branch, size = (
-        a.double() @ b.double().t() * factor for a, b in (branch, [t.abs() for t in branch])
-    )
+    weights = v.double() * v_scale.double()[:, None]
+    of_branch = scale[:, None].double() * (c.double() @ weights)
+    size = scale[:, None].double() * (c.double().abs() @ weights.abs())
     fp32_steps = (4 + rank) * (want.abs() + size) + 4 * rows.abs()
     want = want + rows + of_branch
-    bound = 2**-24 * fp32_steps + want.abs() * 2**-8 + 1e-7
+    # A weight of the branch is rounded to bf16.
+    bound = 2**-24 * fp32_steps + 2**-8 * (want.abs() + size) + 1e-7
     assert bool(((got.double() - want).abs() <= bound).all())
     assert int(counter.abs().max()) == 0
 
@@ -121,11 +130,12 @@ def test_linears_of_one_input() -> None:
     static = (types, [512], [0, 0], 0, torch.bfloat16)
     tile = next(t for t, _ in hopper_tiles(512) if t.block_m == 16 and t.split_k == 2)
     linears = [
-        (pack_int4(random_codes(n, 512, largest=7)), torch.rand(1, n), torch.randn(2, n), None)
+        (pack_int4(random_codes(n, 512, largest=7)), torch.rand(1, n), torch.randn(2, n))
         for n in (128, 304, 64)
     ]
-    got = hopper_int_mm.hopper_linears(codes, scale, linears, *static, tile)
-    for out, (weight, *tables, _) in zip(got, linears, strict=True):
+    without_branch = [(*operands, None, None) for operands in linears]
+    got = hopper_int_mm.hopper_linears(codes, scale, without_branch, *static, tile)
+    for out, (weight, *tables) in zip(got, linears, strict=True):
         want = hopper_int_mm.hopper_linear(codes, scale, weight, *tables, *static, tile)
         assert torch.equal(out, want)
     assert int(counter.abs().max()) == 0
@@ -243,18 +253,28 @@ def test_transform_without_rounding(num_features: int, kind: str) -> None:
         (4096, 72, 24, 448),
         (3584, 128, 32, 7),
         (11008, 32, 0, 7),  # smaller chunks
-        (640, 8, 4, 7),
+        (640, 9, 3, 7),  # columns that are not in memory at multiples of eight
         (256, 40, 0, 7),  # fewer chunks than places
     ],
 )
-def test_branch(num_features: int, rank: int, own_rank: int, qmax: int, order: str) -> None:
+@pytest.mark.parametrize("few", [True, False], ids=["few", "many"])
+def test_branch(
+    few: bool,
+    num_features: int,
+    rank: int,
+    own_rank: int,
+    qmax: int,
+    order: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The reference that rounds in the same places sums in another order: of the codes a few may be others."""
+    monkeypatch.setattr(hopper_branch_quantize, "FEW_TOKENS", 70 if few else 0)
     z = (torch.randn(70, num_features) * (1 + torch.arange(70).unsqueeze(1))).bfloat16()
     columns = torch.linalg.qr(torch.randn(num_features, rank))[0]
     num_rows = 3 if own_rank == 0 else rank // own_rank + 1
     operands = (
         z,
-        branch_codes(columns).bfloat16().contiguous(),
+        branch_codes(columns).contiguous(),
         torch.randint(-1, num_rows, (70,)) if order == "mixed" else None,
         0.5 + 0.5 * torch.rand(num_rows),
         1,
@@ -268,12 +288,17 @@ def test_branch(num_features: int, rank: int, own_rank: int, qmax: int, order: s
     assert float(difference.max()) <= (1 if qmax == 7 else 32)
     assert torch.allclose(scale, want_scale, rtol=1e-3)
     assert torch.allclose(coefficients, want_coefficients, rtol=2**-6, atol=1e-3)
+    assert int(counter.abs().max()) == 0
 
 
-def test_what_is_not_finite_in_a_branch_poisons_its_own_token() -> None:
+@pytest.mark.parametrize("few_tokens", [0, 4])
+def test_what_is_not_finite_in_a_branch_poisons_its_own_token(
+    few_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hopper_branch_quantize, "FEW_TOKENS", few_tokens)
     z = torch.randn(4, 4096).bfloat16()
     z[1], z[2] = torch.nan, torch.inf
-    columns = branch_codes(torch.linalg.qr(torch.randn(4096, 8))[0]).bfloat16().contiguous()
+    columns = branch_codes(torch.linalg.qr(torch.randn(4096, 8))[0]).contiguous()
     _, scale, _ = hopper_branch_quantize.hopper_branch_quantize(
         z, columns, None, torch.ones(1), 0, 0, 7
     )

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("name", ["int_mm", "transform_quantize", "prologue", "branch_table"])
+@pytest.mark.parametrize("name", ["int_mm", "transform_quantize", "prologue"])
 def test_interpreted(name: str) -> None:
     # numpy, which the interpreter computes with, warns of NaN and of what Triton does with it.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]

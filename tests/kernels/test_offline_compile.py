@@ -20,8 +20,7 @@ from offline import (
     compile_kernel,
 )
 
-from freeact_fx.codegen.kernels import hopper_branch_quantize
-from freeact_fx.codegen.kernels.branch_table import branch_table_kernel
+from freeact_fx.codegen.kernels import hopper_branch_few, hopper_branch_quantize
 from freeact_fx.codegen.kernels.hopper_int_mm import hopper_linear_kernel, layouts, registers
 from freeact_fx.codegen.kernels.hopper_transform_quantize import (
     box_of_token,
@@ -32,7 +31,9 @@ from freeact_fx.codegen.kernels.transform_quantize import transform_quantize_ker
 from freeact_fx.codegen.tiles import (
     TileConfig,
     branch_tile,
+    branch_width,
     candidates,
+    few_tokens_tile,
     hopper_tiles,
     hopper_transform_tile,
     transform_tile,
@@ -203,7 +204,7 @@ def test_hopper_linear(
         (tile.block_m, tile.block_k // 2),
         (tile.block_k // 2, tile.rows),
     )
-    kinds = ("fp8e4nv" if is_e4m3 else "i8", "i8", "bf16", "bf16", "bf16")
+    kinds = ("fp8e4nv" if is_e4m3 else "i8", "i8", "bf16", "bf16", "i8")
     tiles = zip(kinds, shapes, layouts(tile, torch.bfloat16, codes), strict=True)
     descriptors = [f"tensordesc<{kind}{list(shape)},{layout!r}>" for kind, shape, layout in tiles]
     constants = {
@@ -222,6 +223,7 @@ def test_hopper_linear(
         "GROUP_REGISTERS": registers(tile)["GROUP_REGISTERS"],
         "PROMOTED": is_e4m3,
         "RANK": rank,
+        "ONE": 16.0,
         "num_warps": tile.num_warps,
     }
     names = ("codes", "weight", "out", "coefficients", "branch")
@@ -231,13 +233,14 @@ def test_hopper_linear(
         hopper_linear_kernel,
         arguments={
             **dict(zip(names[: 5 if rank else 3], descriptors, strict=False)),
+            **({"branch_scale_ptr": "*fp32"} if rank else {}),
             **dict.fromkeys(("scale_ptr", "weight_scale_ptr"), "*fp32"),
             **(tables if typed else {}),
             **(parts if tile.split_k > 1 else {}),
-            **dict.fromkeys(("M", "N", "num_even"), "i32"),
+            **dict.fromkeys(("M", "N", "R", "num_even"), "i32"),
         },
         constants=constants
-        | ({} if rank else dict.fromkeys(names[3:]))
+        | ({} if rank else dict.fromkeys((*names[3:], "branch_scale_ptr")))
         | ({} if typed else dict.fromkeys(tables))
         | ({} if tile.split_k > 1 else dict.fromkeys(parts)),
         num_warps=tile.num_warps,
@@ -252,24 +255,58 @@ def test_hopper_linear(
     assert all(map(_left_in_registers, instructions))
     assert "cp.async.bulk.tensor" in compiled.ptx
     # Outside of the loop: addresses, and rows of the epilogue.
-    assert compiled.local_bytes <= 176
+    assert compiled.local_bytes <= 184
     assert compiled.registers * 128 * (tile.groups + 1) * tile.programs <= 65536
     assert (compiled.shared_bytes + 1024) * tile.programs <= 228 * 1024
 
 
-@pytest.mark.parametrize("scaled", [True, False])
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_branch_table(capability: int, scaled: bool) -> None:
-    scales = {"row_scale_ptr": "*fp32", "column_scale_ptr": "*fp32"}
-    compiled = compile_kernel(
-        branch_table_kernel,
-        capability,
-        pointers={"table_ptr": "*i8", "out_ptr": "*bf16", **(scales if scaled else {})},
-        numbers=dict.fromkeys(("I", "J", "WIDTH", "row_stride", "column_stride"), "i32"),
-        constants={"ONE": 16.0, "BLOCK": 1024} | ({} if scaled else dict.fromkeys(scales)),
-        num_warps=4,
-    )
-    assert compiled.local_bytes == 0
+@pytest.mark.parametrize("qmax", [7, 448])
+@pytest.mark.parametrize(
+    ("num_features", "rank", "own_rank"), [(4096, 64, 32), (18944, 128, 0), (3584, 102, 0)]
+)
+@pytest.mark.parametrize("typed", [True, False])
+def test_hopper_branch_of_few_tokens(
+    num_features: int, rank: int, own_rank: int, qmax: int, typed: bool
+) -> None:
+    tile = few_tokens_tile(num_features, rank)
+    shared = {
+        "K": num_features,
+        "R": rank,
+        "BLOCK_K": tile.block_k,
+        "BLOCK_R": tile.block_r,
+        "num_warps": tile.num_warps,
+    }
+    pointers = {"z_ptr": "*bf16", "columns_ptr": "*i8", "partial_ptr": "*fp32"}
+    types = {"type_ptr": "*i32"}
+    for kernel, arguments, constants in (
+        (hopper_branch_few.coefficients_kernel, pointers, shared),
+        (
+            hopper_branch_few.codes_kernel,
+            pointers
+            | (types if typed else {})
+            | dict.fromkeys(("clip_ptr", "rest_ptr", "scale_ptr"), "*fp32")
+            | {"counter_ptr": "*i32", "codes_ptr": "*i8", "coefficients_ptr": "*bf16"},
+            ({} if typed else dict.fromkeys(types))
+            | shared
+            | {
+                "WIDTH": branch_width(rank),
+                "OWN_RANK": own_rank,
+                "NUM_TYPES": 3,
+                "DEFAULT_TYPE": 0,
+                "QMAX": qmax,
+                "STEP": 0.01,
+                "PARTS": 1 << (num_features // tile.block_k - 1).bit_length(),
+                "CHUNK": tile.chunk,
+            },
+        ),
+    ):
+        compiled = compile_gluon(
+            kernel, arguments=arguments, constants=constants, num_warps=tile.num_warps
+        )
+        assert compiled.local_bytes == 0
+        # What does not depend on the kernel before is asked for before that one is done.
+        before = compiled.ptx.index("griddepcontrol.wait")
+        assert "ld.global" in compiled.ptx[:before]
 
 
 @pytest.mark.parametrize("qmax", [7, 448])
