@@ -185,9 +185,8 @@ def random_decoder(
 
 
 @torch.no_grad()
-def quantized_decoder(dense: Decoder) -> nn.Module:
+def quantized_decoder(dense: Decoder, config: QuantConfig) -> nn.Module:
     """The same decoder in W4A4, one transform for each group; embedding, norms, head and cache are shared."""
-    config = dense.shape.config
     model = sharing_tensors(dense)
     for layer in model.layers:  # type: ignore[union-attr]
         for names in DecoderLayer.groups:

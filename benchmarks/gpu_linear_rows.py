@@ -128,7 +128,11 @@ def linear_row(
 
 @torch.no_grad()
 def plan_row(
-    bench: Bench, layer: Layer, ours: Mapping[str, tuple[QuantConfig, bool]]
+    bench: Bench,
+    layer: Layer,
+    ours: Mapping[str, tuple[QuantConfig, bool]],
+    *,
+    cuda_graph: bool = False,
 ) -> dict[str, Any]:
     """The time of the first of two plans over that of the second; each with its config, and whether types are mixed."""
     dense = layer.dense(bench)
@@ -136,7 +140,7 @@ def plan_row(
     expected, mixed = dense(*inputs), _types(bench, layer.num_tokens, "mixed")
     variants = {
         name: compiled_linears(
-            bench, dense, inputs, config, mixed if typed else None, False, expected
+            bench, dense, inputs, config, mixed if typed else None, cuda_graph, expected
         )
         for name, (config, typed) in ours.items()
     }
@@ -144,7 +148,7 @@ def plan_row(
     first, second = (median_of(fields, name) for name in ours)
     config, _ = next(iter(ours.values()))
     ratio = {"value": first / second, "against": list(ours)[1]}
-    return fields | _shape_of(layer, config, "mixed", False) | ratio
+    return fields | _shape_of(layer, config, "mixed", cuda_graph) | ratio
 
 
 def _shape_of(layer: Layer, config: QuantConfig, order: str, cuda_graph: bool) -> dict[str, Any]:

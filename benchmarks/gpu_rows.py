@@ -23,7 +23,7 @@ from gpu_layers import (
     NormLinear,
 )
 from gpu_linear_rows import Layer, linear_row, plan_row
-from gpu_model_rows import memory_row, model_row
+from gpu_model_rows import memory_row, model_plan_row, model_row
 from gpu_operators import NOTHING, RMS_NORM, SILU_MUL, product_row, transform_row
 from gpu_timing import Bench
 
@@ -156,6 +156,15 @@ def _small_rows(sizes: Sizes) -> Iterator[Row]:
                     b, layer, against, cuda_graph=True
                 ),
             )
+            plans = {"branch": (BRANCH, True), "shift": (TWO_TYPES, True)}
+            if key == "decode":
+                yield Row(
+                    "branch",
+                    f"M={m}, N={n}, K={k}",
+                    key,
+                    lambda b, layer=layer, plans=plans: plan_row(b, layer, plans, cuda_graph=True),
+                    counts=False,
+                )
 
 
 def _product_rows(sizes: Sizes) -> Iterator[Row]:
@@ -201,6 +210,17 @@ def _model_rows(sizes: Sizes) -> Iterator[Row]:
         "dllm_block",
         lambda b: model_row(b, llada, 1, 4 if sizes.tiny else 32, 0.5, length),
     )
+    for what, batch, tokens, cached in (
+        ("4 x 1024 tokens, half masked", 4, length, 0),
+        ("a block of 32 tokens after 992", 1, 4 if sizes.tiny else 32, length),
+    ):
+        yield Row(
+            "branch",
+            f"LLaDA-8B-shaped, {what}, R = 128",
+            "dllm_plans",
+            lambda b, step=(batch, tokens, 0.5, cached): model_plan_row(b, llada, *step),
+            counts=False,
+        )
     yield Row(
         "e2e_vlm",
         "Qwen2.5-VL-7B-shaped, 4096 tokens, 70 % vision",
