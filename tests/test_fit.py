@@ -714,6 +714,49 @@ def test_damping_of_gptq(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not torch.equal(codes[0.0, refit], codes[0.5, refit])
 
 
+def test_bias_correction_takes_a_mean_error_out_of_the_bias() -> None:
+    """Type 0 has one long tail, which its clip cuts off: rounding errs to one side. Type 1 has two, and no mean error
+    that stands out of the sample's noise."""
+    generator = torch.Generator().manual_seed(0)
+    skewed = torch.empty(800, 64).exponential_(generator=generator)
+    even = torch.randn(800, 64, generator=generator)
+    weights = [torch.randn(n, 64, generator=generator) + 0.5 for n in (24, 16)]
+    biases = [None, torch.randn(16, generator=generator)]
+    statistics = statistics_of(config_of(2), [skewed, even], weights, biases)
+    fit, held_out = (Sample.of(statistics, held_out=half) for half in (False, True))
+    found = {}
+    for corrects in (False, True):
+        statistics.config = replace(statistics.config, bias_correction=corrects)
+        moments = GroupMoments.of(statistics.without_held_out())
+        identity = replace(
+            fit_transform("shift", moments),
+            left=torch.eye(8),
+            right=torch.eye(8)[None],
+            channel_scale=None,
+            clip=torch.tensor([0.5, 0.8, 0.8]),
+        )
+        sides = weight_sides(identity, statistics)
+        linears = round_group(identity, sides, moments, by_gptq=False)
+        found[corrects] = linears, measured_errors(identity, linears, held_out)
+    (plain, before), (corrected, after) = found[False], found[True]
+    of_fit, of_held_out = (
+        [want - got for got, want in zip(s.outputs(identity, plain), s.wanted, strict=True)]
+        for s in (fit, held_out)
+    )
+    for name, one, other, seen, new in zip(
+        statistics.names, plain, corrected, of_fit, of_held_out, strict=True
+    ):
+        assert one.bias_table is not None
+        assert other.bias_table is not None
+        assert torch.equal(one.codes, other.codes)
+        moved = other.bias_table - one.bias_table
+        assert relative(moved[0], new[held_out.types == 0].mean(0)) < 0.2
+        assert moved[1].norm() < 0.5 * seen[fit.types == 1].mean(0).norm()
+        assert not moved[2].any()  # of untyped tokens nothing is known
+        assert after[name]["t0"] < 0.8 * before[name]["t0"]
+        assert after[name]["t1"] == pytest.approx(before[name]["t1"], rel=0.02)
+
+
 @settings(max_examples=20)
 @given(
     st.integers(0, 3),
