@@ -354,13 +354,16 @@ def test_one_token_in_all(plan: str, largest: float) -> None:
     assert_usable(model, checkpoint, masked_ids())
 
 
-@pytest.mark.parametrize("plan", ["auto", "shift", "single"])
+@pytest.mark.parametrize("plan", ["auto", "single", "shift", "duplicate", "branch", "paper"])
 def test_one_token_of_each_type(plan: str, fitted: dict[str, Any]) -> None:
     model = tiny_model()
     checkpoint = calibrate(model, [torch.tensor([[5, MASK, 7]])], replace(CONFIG, plan=plan))
     for group in GROUPS:
         assert fitted[group[0]].count.tolist() == [1, 1, 1, 0]
         assert checkpoint.statistics[group[0]]["rare_types"] == ["unmasked", "masked", "first"]
+        found = checkpoint.groups[group[0]]
+        assert plan in ("auto", found.plan)
+        assert len(found.widths) == 1  # no type has a slice of its own
     assert_usable(model, checkpoint, masked_ids())
 
 
@@ -387,10 +390,11 @@ def test_fewer_tokens_than_channels(fitted: dict[str, Any]) -> None:
     assert assert_usable(model, checkpoint, masked_ids(seed=9)) < 0.3
 
 
-def test_five_types(fitted: dict[str, Any]) -> None:
-    ids = {"a": (), "b": (1, 2), "c": (3,), "d": (MASK,)}
+@pytest.mark.parametrize("plan", ["auto", "shift", "duplicate", "branch", "paper"])
+def test_five_types(plan: str, fitted: dict[str, Any]) -> None:
+    ids = {"a": (), "b": tuple(range(1, 9)), "c": tuple(range(9, 16)), "d": (MASK,)}
     types = TokenTypes(tuple(TokenType(name, token_ids) for name, token_ids in ids.items()))
-    config = QuantConfig(token_types=types, plan="shift")
+    config = QuantConfig(token_types=types, plan=plan)
     model, batches = tiny_model(), [masked_ids(8, 32, seed=seed) for seed in (1, 2)]
     checkpoint = calibrate(model, batches, config)
     flat = torch.cat(batches)
@@ -405,7 +409,10 @@ def test_five_types(fitted: dict[str, Any]) -> None:
             "d",
             "first",
         ]
-        assert checkpoint.groups[group[0]].num_rows == 6
+        found = checkpoint.groups[group[0]]
+        if plan != "auto":  # which may find them alike
+            assert (found.plan, found.num_rows) == (plan, 6)
+            assert len(found.widths) == (5 if plan in ("duplicate", "paper") else 1)
     assert assert_usable(model, checkpoint, masked_ids(seed=9)) < 0.3
 
 
