@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
@@ -10,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import accuracy
+import accuracy_models
 import accuracy_scoring
 import evaluation
+import numpy as np
 import pytest
 import torch
 from accuracy_hub import HubModel, lm_eval_scores
 from accuracy_methods import METHODS
+from accuracy_models import TEXTS
 from accuracy_scoring import Request, put_head_on, take_head_off
 from accuracy_summary import (
     fill_document,
@@ -27,7 +31,13 @@ from accuracy_summary import (
     summarise,
     tables,
 )
-from evaluation import Predictions, masked_predictions, next_token_predictions, score
+from evaluation import (
+    Predictions,
+    load_questions,
+    masked_predictions,
+    next_token_predictions,
+    score,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     Gemma2Config,
@@ -308,6 +318,76 @@ def test_capped_logits_cannot_be_scored_by_rows() -> None:
     config = Gemma2Config(**SIZES, final_logit_softcapping=0.05)
     with pytest.raises(SystemExit, match="does more to its logits than its head"):
         take_head_off(Gemma2ForCausalLM(config).eval(), {"set": [random_batch([0, 1])]})
+
+
+# ------------------------------------------------------------------ calibration and test data
+
+
+def runs_of(ids: torch.Tensor, length: int) -> np.ndarray:
+    """A 64-bit hash of every `length` (a power of two) tokens in a row, wherever they begin."""
+    hashes = ids.numpy().astype(np.uint64) + np.uint64(1)
+    joined = 1
+    while joined < length:
+        base = np.uint64(pow(0x9E3779B97F4A7C15, joined, 1 << 64))
+        hashes = hashes[:-joined] * base + hashes[joined:]
+        joined *= 2
+    return hashes
+
+
+def test_a_shared_run_of_tokens_is_found() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.randint(0, 50000, (2, 3000), generator=generator)
+    assert not np.intersect1d(runs_of(one, 64), runs_of(other, 64)).size
+    other[1501:1565] = one[77:141]
+    assert np.intersect1d(runs_of(one, 64), runs_of(other, 64)).tolist() == [runs_of(one, 64)[77]]
+
+
+def test_no_text_to_calibrate_on_is_scored() -> None:
+    """Not even 64 tokens in a row, an eighth of a window."""
+    to_calibrate, scored = (
+        np.concatenate([runs_of(evaluation.text_ids(split, text), 64) for text in TEXTS])
+        for split in ("calibration", "evals")
+    )
+    assert min(len(to_calibrate), len(scored)) > 500_000
+    assert not np.intersect1d(to_calibrate, scored).size
+
+
+def test_no_picture_to_calibrate_on_is_scored() -> None:
+    to_calibrate, scored = (
+        {hashlib.sha256(image.numpy()).digest() for image in load_questions(split).images}
+        for split in ("vlm-calibration", "vlm-validation")
+    )
+    assert (len(to_calibrate), len(scored)) == (600, 2000)
+    assert not to_calibrate & scored
+
+
+@pytest.mark.parametrize(
+    ("model", "to_calibrate", "scored"),
+    [
+        ("dllm", "calibration", "evals"),
+        ("smollm2", "calibration", "evals"),
+        ("vlm", "vlm-calibration", "vlm-validation"),
+    ],
+)
+def test_each_reads_its_own_file(
+    model: str, to_calibrate: str, scored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: set[str] = set()
+    load = np.load
+
+    def watched(file: Path) -> Any:
+        read.add(file.stem)
+        return load(file)
+
+    monkeypatch.setattr(np, "load", watched)
+    monkeypatch.setattr(accuracy_models, "load_tokenizer", lambda cache: Words())
+    spec = accuracy.MODELS[model]
+    sizes = accuracy.Sizes(2, 2, windows=1, text_windows=1, questions=1)
+    spec.calibration(tmp_path, sizes, 0)
+    assert read == {to_calibrate}
+    read.clear()
+    spec.test_sets(tmp_path, sizes)
+    assert read == {scored}
 
 
 # ------------------------------------------------------------------ any Hugging Face model
