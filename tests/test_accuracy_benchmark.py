@@ -8,6 +8,7 @@ import math
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import accuracy
@@ -40,6 +41,7 @@ from evaluation import (
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoTokenizer,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
@@ -456,6 +458,46 @@ def test_lm_eval_gets_the_float_model_with_its_head(
     accuracy_scoring.score_folder(tmp_path)
     metrics = json.loads((tmp_path / "score.json").read_text())["metrics"]
     assert metrics["lm_eval has a head"] == 1
+
+
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize("kind", ["causal", "vlm"])
+def test_lm_eval_may_run_the_code_of_a_model_if_you_may(
+    kind: str, trust: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code of its tokenizer or processor. lm_eval is a stand-in."""
+    loaded: dict[str, Any] = {}
+
+    def wrap(**arguments: Any) -> dict[str, Any]:
+        return arguments
+
+    def evaluate(wrapped: Any, tasks: list[str], limit: int) -> Any:
+        assert wrapped["pretrained"] is model
+        assert (tasks, limit) == (["some task"], 3)
+        loaded.update(wrapped)
+        metrics = {"alias": "some task", "acc,none": 0.5, "acc_stderr,none": 0.1}
+        return {"results": {"some task": metrics}}
+
+    def tokenizer(model_id: str, **options: Any) -> tuple[str, dict[str, Any]]:
+        return model_id, options
+
+    for name, contents in {
+        "lm_eval": {"simple_evaluate": evaluate},
+        "lm_eval.models": {},
+        "lm_eval.models.huggingface": {"HFLM": wrap},
+        "lm_eval.models.hf_vlms": {"HFMultimodalLM": wrap},
+    }.items():
+        module = ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", tokenizer)
+    model = torch.nn.Identity()
+    hub = HubModel("a model", kind, "text.txt", trust_remote_code=trust)
+    assert lm_eval_scores(model, hub, ["some task"], 3) == {"lm_eval some task acc": 0.5}
+    if kind == "vlm":
+        assert loaded == {"pretrained": model, "trust_remote_code": trust}
+    else:
+        assert loaded["tokenizer"] == ("a model", {"trust_remote_code": True} if trust else {})
 
 
 def test_lm_eval_has_no_masked_diffusion() -> None:
