@@ -197,7 +197,8 @@ def lm_eval_scores(
         if hub.kind == "vlm":
             from lm_eval.models.hf_vlms import HFMultimodalLM
 
-            wrapped = HFMultimodalLM(pretrained=model)
+            # Why no processor of ours: it would be taken for the tokenizer, and its own stay unset.
+            wrapped = HFMultimodalLM(pretrained=model, trust_remote_code=hub.trust_remote_code)
         else:
             from lm_eval.models.huggingface import HFLM
 

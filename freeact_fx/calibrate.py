@@ -9,8 +9,9 @@ Memory
     Statistics of a group of K channels with T token types take ``T * (4 K^2 + 8 (sample_tokens + 1) K)`` bytes, on the
     device of its weights. A layer of an 8B model (K = 4096 three times, 12288 once; T = 3) takes 2.4 GB for moments and
     0.15 GB for samples, so its 32 layers 82 GB. Beside 16 GB of weights on a GPU of 80 GB half of the free 64 GB is
-    taken: 12 layers in each of three passes. Fitting a group takes about 12 matrices ``[K, K]`` and 4 ``[N, K]`` in
-    fp64 besides (N of all its Linears): 16 GB for K = 12288, N = 4096. The host holds no more than the result, 4.5 GB.
+    taken: 12 layers in each of three passes. Fitting a group takes about 12 matrices ``[K, K]`` in fp64 besides: 15 GB
+    for K = 12288, N = 4096 (the layer took 17.3 GB above its weights on an H100, 2.6 GB of statistics among them). The
+    host holds no more than the result, 3.9 GB.
 """
 
 from __future__ import annotations

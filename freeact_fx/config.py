@@ -30,16 +30,21 @@ class QuantConfig:
     activation_bits: ActivationBits = 4
     """4 (codes in [-7, 7]), 8 ([-127, 127]) or "e4m3" (8-bit floating point); dynamic scale per token."""
     token_types: TokenTypes = field(default_factory=TokenTypes.auto)
-    """Which token types there are and what makes a token one of them. A plain dict is accepted too."""
+    """Which token types there are and what makes a token one of them. A plain dict is accepted too. Each type costs a
+    moment of its own in calibration (4 K^2 bytes per group) and about a quarter of the fitting time, and where a group
+    keeps types apart a row of its tables: 2 K bytes of shift, 4 N of bias in each Linear."""
     plan: str = "auto"
     """Per group: "single", "shift", "paper", "duplicate", "branch", or "auto" (the best of those that were
-    calibrated; without a checkpoint "single")."""
+    calibrated; without a checkpoint "single"). "auto" takes twice the fitting time of "branch", three times that of
+    "single" (q, k, v of a 135M model, three types). Storage: "shift" adds tables by type, "branch" its columns as well;
+    "duplicate" has the codes once for each type, whatever ``memory_budget`` says."""
     memory_budget: float = 1.1
     """Storage that a group may use, as a multiple of its packed codes under plan "single": "duplicate" takes one for
     each type, and a branch has as many columns as there is room for. Tables by type (bias, shift) are not counted;
     "auto" may do without them in a group, and gives its branch what they would have taken."""
     branch_rank: int = 32
-    """Columns of the 8-bit low-rank branch (per type if own, in all if shared)."""
+    """Columns of the 8-bit low-rank branch of a data-free plan "branch", shared by all types: K + N bytes each.
+    Calibration takes no notice of it: there ``memory_budget`` sets the number of columns."""
     include: tuple[str, ...] = ()
     """Name patterns (fnmatch) of Linears to quantise even if skipped otherwise."""
     skip: tuple[str, ...] = ("lm_head",)
@@ -49,7 +54,7 @@ class QuantConfig:
     """True: quantise the Linears that compute what is merged into the embeddings, as type 0."""
     sink: str | None = "first"
     """ "first": the first position of each sequence is a token type of its own, for the massive activations
-    that sit there; None: it is not."""
+    that sit there; None: it is not. Costs what a type costs (``token_types``)."""
     quantize: bool = True
     """False: transforms stay, rounding goes. For equivalence tests; needs dense weights."""
     strict: bool = False
@@ -64,7 +69,7 @@ class QuantConfig:
     a fifth of the fitting time."""
     gptq_damping: float = 0.1
     """Calibration: added to the diagonal of the Hessian of GPTQ and refit, as a part of its mean: tokens of other texts
-    take directions that those seen did not."""
+    take directions that those seen did not. Costs no time; the more of it, the less GPTQ gains on the tokens seen."""
     clip_search: bool = True
     """Calibration: choose the clip of each type and of each output channel by measured error; costs about a
     tenth of the calibration time."""
@@ -78,12 +83,14 @@ class QuantConfig:
     """Calibration: under GPTQ, first fit the weight to rounded activations by least squares, from the moments. Costs a
     triangular solve for each group; lowers the error on other texts by 1 % (branch) to 4 % (single)."""
     bias_correction: bool = False
-    """Calibration: take the mean error of each type's outputs, on the sample, out of its bias; no cost at run time. The
-    transforms leave no such error that stands out of the sample's noise, so it is off."""
+    """Calibration: take the mean error of each type's outputs, on the sample, out of its bias; no cost at run time, and
+    a fifth of the fitting time. The transforms leave no such error that stands out of the sample's noise, so it is
+    off."""
     refine_steps: int = 0
     """Calibration: steps of gradient descent on each group's transform and clips; 0: none. What they gave is kept where
-    it lowers the error on the held-out tokens; with few ``sample_tokens`` it may not. 100 steps cost 4 s (q, k, v) to
-    12 s (gate, up) per group of a 135M model on one core."""
+    it lowers the error on the held-out tokens; with few ``sample_tokens`` it may not. Plans with several slices,
+    "duplicate" and "paper", are never refined. 100 steps cost 4 s (q, k, v) to 12 s (gate, up) per group of a 135M
+    model on one core."""
 
     def __post_init__(self) -> None:
         if isinstance(self.token_types, Mapping):

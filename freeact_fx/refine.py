@@ -227,11 +227,12 @@ class _Sample:
 def refine(fitted: GroupTransform, statistics: GroupStatistics) -> GroupTransform:
     """Train a fitted transform for ``QuantConfig.refine_steps`` steps on the tokens that were sampled to fit on.
 
-    Returns ``fitted`` itself if the error on the held-out tokens is not smaller in the end, and for plans with slices.
-    Branch columns stay; in the new coordinates others may be stronger. Weights are to be packed anew.
+    Returns ``fitted`` itself if the error on the held-out tokens is not smaller in the end, and always if it has
+    several slices, as ``duplicate`` and ``paper`` do. Branch columns stay; in the new coordinates others may be
+    stronger. Weights are to be packed anew.
 
-    Error: squared, of the group's outputs; types count by their tokens, relative to the energy of their outputs, as in
-    ``GroupStatistics.mixture``.
+    Error: squared, of the group's outputs, of each type relative to the energy of its outputs, and mixed by the numbers
+    of their tokens. (A type counts otherwise in ``GroupMoments.type_weights``, with the root of that energy.)
     """
     config = statistics.config
     if not config.refine_steps or len(fitted.widths) > 1:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import accuracy
+import accuracy_models
 import accuracy_scoring
 import evaluation
+import numpy as np
 import pytest
 import torch
 from accuracy_hub import HubModel, lm_eval_scores
 from accuracy_methods import METHODS
+from accuracy_models import TEXTS
 from accuracy_scoring import Request, put_head_on, take_head_off
 from accuracy_summary import (
     fill_document,
@@ -27,9 +32,16 @@ from accuracy_summary import (
     summarise,
     tables,
 )
-from evaluation import Predictions, masked_predictions, next_token_predictions, score
+from evaluation import (
+    Predictions,
+    load_questions,
+    masked_predictions,
+    next_token_predictions,
+    score,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoTokenizer,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
@@ -310,6 +322,76 @@ def test_capped_logits_cannot_be_scored_by_rows() -> None:
         take_head_off(Gemma2ForCausalLM(config).eval(), {"set": [random_batch([0, 1])]})
 
 
+# ------------------------------------------------------------------ calibration and test data
+
+
+def runs_of(ids: torch.Tensor, length: int) -> np.ndarray:
+    """A 64-bit hash of every `length` (a power of two) tokens in a row, wherever they begin."""
+    hashes = ids.numpy().astype(np.uint64) + np.uint64(1)
+    joined = 1
+    while joined < length:
+        base = np.uint64(pow(0x9E3779B97F4A7C15, joined, 1 << 64))
+        hashes = hashes[:-joined] * base + hashes[joined:]
+        joined *= 2
+    return hashes
+
+
+def test_a_shared_run_of_tokens_is_found() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.randint(0, 50000, (2, 3000), generator=generator)
+    assert not np.intersect1d(runs_of(one, 64), runs_of(other, 64)).size
+    other[1501:1565] = one[77:141]
+    assert np.intersect1d(runs_of(one, 64), runs_of(other, 64)).tolist() == [runs_of(one, 64)[77]]
+
+
+def test_no_text_to_calibrate_on_is_scored() -> None:
+    """Not even 64 tokens in a row, an eighth of a window."""
+    to_calibrate, scored = (
+        np.concatenate([runs_of(evaluation.text_ids(split, text), 64) for text in TEXTS])
+        for split in ("calibration", "evals")
+    )
+    assert min(len(to_calibrate), len(scored)) > 500_000
+    assert not np.intersect1d(to_calibrate, scored).size
+
+
+def test_no_picture_to_calibrate_on_is_scored() -> None:
+    to_calibrate, scored = (
+        {hashlib.sha256(image.numpy()).digest() for image in load_questions(split).images}
+        for split in ("vlm-calibration", "vlm-validation")
+    )
+    assert (len(to_calibrate), len(scored)) == (600, 2000)
+    assert not to_calibrate & scored
+
+
+@pytest.mark.parametrize(
+    ("model", "to_calibrate", "scored"),
+    [
+        ("dllm", "calibration", "evals"),
+        ("smollm2", "calibration", "evals"),
+        ("vlm", "vlm-calibration", "vlm-validation"),
+    ],
+)
+def test_each_reads_its_own_file(
+    model: str, to_calibrate: str, scored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: set[str] = set()
+    load = np.load
+
+    def watched(file: Path) -> Any:
+        read.add(file.stem)
+        return load(file)
+
+    monkeypatch.setattr(np, "load", watched)
+    monkeypatch.setattr(accuracy_models, "load_tokenizer", lambda cache: Words())
+    spec = accuracy.MODELS[model]
+    sizes = accuracy.Sizes(2, 2, windows=1, text_windows=1, questions=1)
+    spec.calibration(tmp_path, sizes, 0)
+    assert read == {to_calibrate}
+    read.clear()
+    spec.test_sets(tmp_path, sizes)
+    assert read == {scored}
+
+
 # ------------------------------------------------------------------ any Hugging Face model
 
 
@@ -376,6 +458,46 @@ def test_lm_eval_gets_the_float_model_with_its_head(
     accuracy_scoring.score_folder(tmp_path)
     metrics = json.loads((tmp_path / "score.json").read_text())["metrics"]
     assert metrics["lm_eval has a head"] == 1
+
+
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize("kind", ["causal", "vlm"])
+def test_lm_eval_may_run_the_code_of_a_model_if_you_may(
+    kind: str, trust: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code of its tokenizer or processor. lm_eval is a stand-in."""
+    loaded: dict[str, Any] = {}
+
+    def wrap(**arguments: Any) -> dict[str, Any]:
+        return arguments
+
+    def evaluate(wrapped: Any, tasks: list[str], limit: int) -> Any:
+        assert wrapped["pretrained"] is model
+        assert (tasks, limit) == (["some task"], 3)
+        loaded.update(wrapped)
+        metrics = {"alias": "some task", "acc,none": 0.5, "acc_stderr,none": 0.1}
+        return {"results": {"some task": metrics}}
+
+    def tokenizer(model_id: str, **options: Any) -> tuple[str, dict[str, Any]]:
+        return model_id, options
+
+    for name, contents in {
+        "lm_eval": {"simple_evaluate": evaluate},
+        "lm_eval.models": {},
+        "lm_eval.models.huggingface": {"HFLM": wrap},
+        "lm_eval.models.hf_vlms": {"HFMultimodalLM": wrap},
+    }.items():
+        module = ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", tokenizer)
+    model = torch.nn.Identity()
+    hub = HubModel("a model", kind, "text.txt", trust_remote_code=trust)
+    assert lm_eval_scores(model, hub, ["some task"], 3) == {"lm_eval some task acc": 0.5}
+    if kind == "vlm":
+        assert loaded == {"pretrained": model, "trust_remote_code": trust}
+    else:
+        assert loaded["tokenizer"] == ("a model", {"trust_remote_code": True} if trust else {})
 
 
 def test_lm_eval_has_no_masked_diffusion() -> None:

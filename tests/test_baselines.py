@@ -11,6 +11,7 @@ from typing import Any
 import baselines
 import pytest
 import torch
+from accuracy_methods import METHODS as METHOD_ROWS
 from decoder_layers import decoder_blocks, rebatched
 from tiny_model import (
     GROUPS,
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 import freeact_fx
 from freeact_fx import Checkpoint, QuantConfig, TokenTypes
+from freeact_fx.refine import optimizer_with_schedule
 
 CONFIG = QuantConfig(token_types=TokenTypes.mask_token(MASK))
 BATCHES = [{"input_ids": masked_ids(2, 16, seed=seed)} for seed in range(1, 9)]
@@ -83,6 +85,36 @@ def test_learned_transform_is_better_than_where_it_started(errors: dict[str, flo
     untrained = baselines.flatquant_like(model, BATCHES, CONFIG, epochs=0, progress=False)
     assert errors["flatquant"] < 0.9 * error(model, untrained)
     assert errors["flatquant"] < 1.05 * errors["closed"]
+
+
+def test_flatquant_like_is_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If nothing is said: 15 epochs at batch 4 and 5e-3, from orthogonal factors and SmoothQuant's scale at 0.3,
+    learned clips, weights to nearest."""
+    schedules, started = [], []
+
+    def watched(transforms: Any, num_steps: int, learning_rate: float) -> Any:
+        schedules.append((num_steps, learning_rate))
+        started.extend(module.fitted for module in transforms)
+        return optimizer_with_schedule(transforms, num_steps, learning_rate)
+
+    smooth_scale, alphas = baselines._smooth_scale, []
+
+    def scale(group: Any, alpha: float) -> Tensor:
+        alphas.append(alpha)
+        return smooth_scale(group, alpha)
+
+    monkeypatch.setattr(baselines, "optimizer_with_schedule", watched)
+    monkeypatch.setattr(baselines, "_smooth_scale", scale)
+    checkpoint = baselines.flatquant_like(tiny_model(), BATCHES[:4], CONFIG, progress=False)
+    # Two decoder layers; four batches of two rows are two of four.
+    assert schedules == [(15 * 2, 5e-3)] * 2
+    assert set(alphas) == {0.3}
+    for fitted in started:
+        for factor in (fitted.left, fitted.right[0]):
+            assert torch.allclose(factor @ factor.t(), torch.eye(len(factor)), atol=1e-5)
+    config = checkpoint.config
+    assert (config.gptq, config.clip_search, config.refine_steps) == (False, False, 0)
+    assert METHOD_ROWS["flatquant-like"].calibrate.keywords == {}
 
 
 @pytest.mark.parametrize("method", METHODS)

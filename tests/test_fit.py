@@ -25,6 +25,7 @@ from freeact_fx.narrow_slices import best_widths
 from freeact_fx.plans import fit_transform, strongest_directions, with_branch
 from freeact_fx.predict import mean_error, predicted_errors, ranking_share, rounding_noise
 from freeact_fx.reference import (
+    branch_codes,
     epilogue,
     quantize_tokens,
     transform,
@@ -630,6 +631,130 @@ def test_gptq_with_an_indefinite_hessian_rounds_to_nearest() -> None:
     hessian = torch.eye(48) - torch.ones(48, 48) / 2
     nearest = (weight / scale[:, None]).round().to(torch.int8)
     assert torch.equal(gptq(weight, scale, hessian, 0.1), nearest)
+
+
+def gptq_calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The Hessian of each slice that GPTQ was given, as they come."""
+    seen: list[Tensor] = []
+
+    def watched(weight: Tensor, scale: Tensor, hessian: Tensor, damping: float) -> Tensor:
+        assert damping == 0  # it was added before
+        seen.append(hessian)
+        return gptq(weight, scale, hessian, damping)
+
+    monkeypatch.setattr("freeact_fx.round_group.gptq", watched)
+    return seen
+
+
+@pytest.mark.parametrize("absorbs", [False, True], ids=["apart", "absorbing"])
+@pytest.mark.parametrize("label", ["single", "shift", "branch", "own branch", "duplicate", "paper"])
+def test_gptq_sees_the_mixture_of_the_types(
+    label: str, absorbs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Second moments of the tokens as they meet the codes, each type by its share over the root of its outputs' energy;
+    a branch that absorbs takes out what it can make up for."""
+    generator = torch.Generator().manual_seed(0)
+    # Of unlike numbers and loudness, so that every other weighting differs.
+    tokens = [a * random_tokens(48, generator, n) for a, n in ((1, 300), (4, 150), (0.2, 600))]
+    weights = [torch.randn(n, 48, generator=generator) for n in (24, 16)]
+    config = config_of(3, gptq_damping=0.0, refit=False, branch_absorbs=absorbs)
+    statistics = statistics_of(config, tokens, weights)
+    moments = GroupMoments.of(statistics)
+    fitted = fit_transform(label.removeprefix("own "), moments)
+    if "branch" in label:
+        fitted = with_branch(fitted, moments, 6, own=label == "own branch")
+        # Columns that are no eigenvectors: what they leave of a token goes along with what they take.
+        parts = [torch.randn(48, fitted.own_rank or 6, generator=generator) for _ in range(3)]
+        columns = [torch.linalg.qr(part)[0] for part in parts[: 6 // (fitted.own_rank or 6)]]
+        fitted = replace(fitted, lowrank=branch_codes(torch.cat(columns, 1)))
+    seen = gptq_calls(monkeypatch)
+    round_group(fitted, weight_sides(fitted, statistics), moments, by_gptq=True)
+    assert len(seen) == len(fitted.widths) == (3 if label in ("duplicate", "paper") else 1)
+
+    joint: Any = 0  # of z, all slices side by side, and of the branch's coefficients behind it
+    for index, x in enumerate(tokens):
+        energy = sum(float((x @ w.t()).square().sum(1).mean()) for w in weights)
+        weight = len(x) / 1050 / energy**0.5
+        assert moments.type_weights[index] == pytest.approx(weight, rel=1e-4)
+        operands = (fitted.shift, fitted.channel_scale, fitted.left, fitted.right, fitted.lowrank)
+        z, c = transform(
+            *(x, torch.full((len(x),), index), *operands),
+            *(fitted.widths, fitted.slice_of_type, 0, fitted.own_rank),
+        )
+        both = (z if c is None else torch.cat([z, c], 1)).double()
+        joint = joint + weight * both.t() @ both / len(x)
+    wanted, n = joint, fitted.num_codes
+    if absorbs and fitted.lowrank is not None:
+        cross, inner = joint[:n, n:], joint[n:, n:]
+        damping = 1e-3 * inner.diagonal().mean() * torch.eye(6)
+        wanted = joint[:n, :n] - cross @ torch.linalg.solve(inner + damping, cross.t())
+    start = 0
+    for hessian, width in zip(seen, fitted.widths, strict=True):
+        own = slice(start, start + width * fitted.right.shape[-1])
+        assert relative(hessian.double(), wanted[own, own]) < 1e-3
+        start = own.stop
+
+
+def test_damping_of_gptq(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of the mean is added to the diagonal, for the refit too; very much of it leaves nothing but rounding."""
+    seen, codes = gptq_calls(monkeypatch), {}
+    for damping, refit in ((0.0, False), (0.5, False), (1e7, False), (0.0, True), (0.5, True)):
+        statistics = random_statistics(48, 2, 0, gptq_damping=damping, refit=refit)
+        moments = GroupMoments.of(statistics)
+        fitted = fit_transform("shift", moments)
+        sides = weight_sides(fitted, statistics)
+        linears = round_group(fitted, sides, moments, by_gptq=True)
+        codes[damping, refit] = torch.cat([linear.codes for linear in linears])
+    nearest = round_group(fitted, sides, moments, by_gptq=False)
+    plain, damped = seen[:2]
+    added = 0.5 * plain.diagonal().mean() * torch.eye(48)
+    assert torch.allclose(damped, plain + added, rtol=1e-5, atol=1e-6 * float(plain.trace()))
+    assert torch.equal(codes[1e7, False], torch.cat([linear.codes for linear in nearest]))
+    for refit in (False, True):
+        assert not torch.equal(codes[0.0, refit], codes[0.5, refit])
+
+
+def test_bias_correction_takes_a_mean_error_out_of_the_bias() -> None:
+    """Type 0 has one long tail, which its clip cuts off: rounding errs to one side. Type 1 has two, and no mean error
+    that stands out of the sample's noise."""
+    generator = torch.Generator().manual_seed(0)
+    skewed = torch.empty(800, 64).exponential_(generator=generator)
+    even = torch.randn(800, 64, generator=generator)
+    weights = [torch.randn(n, 64, generator=generator) + 0.5 for n in (24, 16)]
+    biases = [None, torch.randn(16, generator=generator)]
+    statistics = statistics_of(config_of(2), [skewed, even], weights, biases)
+    fit, held_out = (Sample.of(statistics, held_out=half) for half in (False, True))
+    found = {}
+    for corrects in (False, True):
+        statistics.config = replace(statistics.config, bias_correction=corrects)
+        moments = GroupMoments.of(statistics.without_held_out())
+        identity = replace(
+            fit_transform("shift", moments),
+            left=torch.eye(8),
+            right=torch.eye(8)[None],
+            channel_scale=None,
+            clip=torch.tensor([0.5, 0.8, 0.8]),
+        )
+        sides = weight_sides(identity, statistics)
+        linears = round_group(identity, sides, moments, by_gptq=False)
+        found[corrects] = linears, measured_errors(identity, linears, held_out)
+    (plain, before), (corrected, after) = found[False], found[True]
+    of_fit, of_held_out = (
+        [want - got for got, want in zip(s.outputs(identity, plain), s.wanted, strict=True)]
+        for s in (fit, held_out)
+    )
+    for name, one, other, seen, new in zip(
+        statistics.names, plain, corrected, of_fit, of_held_out, strict=True
+    ):
+        assert one.bias_table is not None
+        assert other.bias_table is not None
+        assert torch.equal(one.codes, other.codes)
+        moved = other.bias_table - one.bias_table
+        assert relative(moved[0], new[held_out.types == 0].mean(0)) < 0.2
+        assert moved[1].norm() < 0.5 * seen[fit.types == 1].mean(0).norm()
+        assert not moved[2].any()  # of untyped tokens nothing is known
+        assert after[name]["t0"] < 0.8 * before[name]["t0"]
+        assert after[name]["t1"] == pytest.approx(before[name]["t1"], rel=0.02)
 
 
 @settings(max_examples=20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import defaultdict
 from dataclasses import replace
@@ -215,6 +216,38 @@ def test_refinement_that_does_not_help_is_dropped(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(refine_module, "descend", make_singular)
     assert refine(fitted, statistics_of(CONFIG)) is fitted
+
+
+def test_schedule_is_a_cosine_and_clips_learn_ten_times_as_fast() -> None:
+    """From 5e-3 (clips 5e-2) down to 5e-6, one step of it for each step of descent."""
+    module, num_steps = learnable(start("shift")), 8
+    optimizer, schedule = optimizer_with_schedule([module], num_steps)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    free, clips = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert free == {"left", "right", "log_scale"}
+    assert clips == {"clip_logit", "weight_clip_logit"}
+    x, types = tokens(64, seed=1)
+    for step in range(num_steps + 1):
+        down = (1 + math.cos(math.pi * step / num_steps)) / 2
+        for group, rate in zip(optimizer.param_groups, (5e-3, 5e-2), strict=True):
+            assert group["lr"] == pytest.approx(5e-6 + (rate - 5e-6) * down, rel=1e-6)
+        if step < num_steps:
+            descend(optimizer, schedule, torch.cat(module(x, types), -1).square().mean())
+
+
+def test_refinement_takes_its_schedule_over_all_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+
+    def watched(*args: Any) -> Any:
+        made.append((args[1:], optimizer_with_schedule(*args)))
+        return made[-1][1]
+
+    monkeypatch.setattr(refine_module, "optimizer_with_schedule", watched)
+    refine(start("shift"), statistics_of(replace(CONFIG, refine_steps=7)))
+    ((options, (optimizer, _)),) = made
+    assert options == (7,)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([5e-6, 5e-6])
 
 
 def test_nothing_to_refine() -> None:
