@@ -53,7 +53,7 @@ class GroupStatistics(TokenMoments):
 
     def branch_rank(self) -> int:
         """Columns of a shared branch that ``memory_budget`` pays for, and what tables by type would take if there are
-        none; a quarter of K and ``MAX_RANK`` at most."""
+        none; a quarter of K and ``MAX_RANK`` at most. From 64 on in sixteens: rows of whole words."""
         num_features = self.weights[0].shape[1]
         num_outputs = sum(w.shape[0] for w in self.weights)
         room_bytes = (self.config.memory_budget - 1) * num_features * num_outputs / 2
@@ -62,4 +62,5 @@ class GroupStatistics(TokenMoments):
             room_bytes += (self.config.num_types - 1) * (2 * num_features + 4 * num_outputs)
         # One byte for each entry of a column and of its row in each Linear, and the row's scale.
         column_bytes = num_features + num_outputs + 4 * len(self.weights)
-        return int(min(room_bytes / column_bytes, num_features // 4, MAX_RANK))
+        rank = int(min(room_bytes / column_bytes, num_features // 4, MAX_RANK))
+        return rank if rank < 64 else rank - rank % 16
