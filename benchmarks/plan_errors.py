@@ -2,10 +2,11 @@
 
     python benchmarks/plan_errors.py                   appends to benchmarks/results/plan_errors.jsonl
 
-The masked-diffusion model, calibrated once under each plan: one transform for all tokens, with clips by type ("single"),
-a mean of its own for each type as well ("shift"), a low-rank branch besides ("branch"). Shown is the squared error of the outputs on
-held-out tokens, relative to the energy of the type's outputs, as calibration measures it: weights and activations in 4
-bits, each Linear by itself behind the float model. It is a mean over layers, and over the Linears of a kind.
+The masked-diffusion model, calibrated once under each plan: one transform for all tokens, with clips by type
+("single"), a mean of its own for each type as well ("shift"), a low-rank branch besides ("branch"). Shown is the
+squared error of the outputs on held-out tokens, relative to the energy of the type's outputs, as calibration measures
+it: weights and activations in 4 bits, each Linear by itself behind the float model. It is a mean over layers, and over
+the Linears of a kind.
 """
 
 from __future__ import annotations
