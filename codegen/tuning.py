@@ -1,7 +1,13 @@
 """Which tile of the product is fastest, as measured: shipped for some GPUs, and kept on disk for this machine.
 
 Looking up costs a dictionary; nothing is measured unless ``mode="max-autotune"`` asks for it, and then each problem
-once per machine. A problem that nobody has measured gets the tile that ``tiles.choose_hopper_tile`` predicts.
+once per machine. A problem that nobody has measured gets the tile that ``tiles.choose_hopper_tile`` predicts; but where
+another GPU with the same chip has one (``stand_in``), that.
+
+Tiles are looked up by the kernel's launcher at each call. Compiled graphs do not hold any, so Inductor's cache of
+graphs needs no digest of them in its keys: a graph that is found there runs with the tiles known by then. What it
+leaves out is measuring, and rightly so: who put it there under ``max-autotune`` has measured, and left the tiles beside
+it, in the same folder. Who deletes the tiles alone gets no new ones for graphs that are found.
 
 A file is ``{"version": 1, "gpu": name, "tiles": [{"problem": {...}, "tile": {...}, "us": median}, ...]}``.
 """
@@ -26,6 +32,9 @@ log = logging.getLogger(__name__)
 _VERSION = 1
 _SMALLEST_BUCKET = 16
 _SHIPPED = Path(__file__).parent / "tuned"
+# Of two GPUs with the same chip, as many multiprocessors of it, and other memory, the second one's tiles serve the
+# first until its own are measured.
+_STAND_INS = {"NVIDIA H100 80GB HBM3": "NVIDIA H200"}
 
 
 @dataclass(frozen=True)
@@ -54,13 +63,23 @@ def problem_of(
 
 
 def known_tile(problem: Problem, gpu: str) -> TileConfig | None:
-    """The fastest tile that was measured for a problem on a GPU of that name, if any was."""
+    """The fastest tile that was measured for a problem on a GPU of that name, or else on its stand-in, if any was."""
+    return _tiles_for(gpu).get(problem)
+
+
+def measured_tile(problem: Problem, gpu: str) -> TileConfig | None:
+    """The same of that GPU alone."""
     return _tiles_of(gpu).get(problem)
 
 
-def num_known(gpu: str) -> int:
-    """How many problems have a measured tile on a GPU of that name."""
+def num_measured(gpu: str) -> int:
+    """How many problems have a tile that was measured on a GPU of that name."""
     return len(_tiles_of(gpu))
+
+
+def stand_in(gpu: str) -> str | None:
+    """The GPU whose tiles serve one of that name where it has none of its own."""
+    return _STAND_INS.get(gpu)
 
 
 def tune(
@@ -73,7 +92,7 @@ def tune(
 
     A candidate that does not run is left out, with a line in the log. Raises RuntimeError if none runs.
     """
-    known = known_tile(problem, gpu)
+    known = measured_tile(problem, gpu)
     if known is not None:
         return known
     times: dict[TileConfig, float] = {}
@@ -102,10 +121,17 @@ def ship(gpu: str, folder: Path, facts: dict[str, Any]) -> Path:
 
 def cache_file(gpu: str) -> Path:
     """Where this machine's measurements are, in Inductor's cache folder (TORCHINDUCTOR_CACHE_DIR)."""
+    return _folder() / "freeact" / f"tiles-{_slug(gpu)}.json"
+
+
+def _folder() -> Path:
     from freeact_fx.compat import inductor_cache  # not above: it imports this, by engine_graph
 
-    folder, _ = inductor_cache()
-    return Path(folder) / "freeact" / f"tiles-{_slug(gpu)}.json"
+    return Path(inductor_cache()[0])
+
+
+def _way_out() -> str:
+    return f"Delete {_folder()}, which has the graphs compiled with it, to measure anew."
 
 
 def entry(problem: Problem, tile: TileConfig, us: float) -> dict[str, Any]:
@@ -126,6 +152,18 @@ def write_tiles(
     os.replace(name, file)
 
 
+def forget() -> None:
+    """Read the files again at the next look."""
+    _tiles_of.cache_clear()
+    _tiles_for.cache_clear()
+
+
+@functools.cache
+def _tiles_for(gpu: str) -> dict[Problem, TileConfig]:
+    other = stand_in(gpu)
+    return {**(_tiles_of(other) if other else {}), **_tiles_of(gpu)}
+
+
 @functools.cache
 def _tiles_of(gpu: str) -> dict[Problem, TileConfig]:
     found: dict[Problem, TileConfig] = {}
@@ -138,9 +176,7 @@ def _tiles_of(gpu: str) -> dict[Problem, TileConfig]:
                     raise ValueError(f"{tile} is none of the kernel's")
                 found[problem] = tile
             except (KeyError, TypeError, ValueError) as error:
-                log.warning(
-                    "%s: an entry is not used: %r. Delete the file to measure anew.", file, error
-                )
+                log.warning("%s: an entry is not used: %r. %s", file, error, _way_out())
     return found
 
 
@@ -154,12 +190,13 @@ def _entries_in(file: Path) -> list[dict[str, Any]]:
             raise ValueError(f"version {data['version']}, this is {_VERSION}")
         return list(data["tiles"])
     except (ValueError, KeyError, TypeError, OSError) as error:
-        log.warning("%s: not used: %s. Delete it to measure anew.", file, error)
+        log.warning("%s: not used: %s. %s", file, error, _way_out())
         return []
 
 
 def _remember(problem: Problem, gpu: str, tile: TileConfig, us: float) -> None:
-    _tiles_of(gpu)[problem] = tile
+    for tiles in (_tiles_of(gpu), _tiles_for(gpu)):
+        tiles[problem] = tile
     file = cache_file(gpu)
     others = [e for e in _entries_in(file) if e.get("problem") != asdict(problem)]
     try:

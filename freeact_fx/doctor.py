@@ -278,15 +278,19 @@ def _tiles() -> Check:
     device = torch.device("cuda")
     if not engine_ops.is_hopper(device):
         return Check("gpu", "tiles", OK, "fixed for this chip by the number of tokens")
-    number = tuning.num_known(tuning.gpu_name(device))
-    if number:
-        state = f"{number} problems measured on this kind of GPU; others get the tile predicted to be fastest"
-        return Check("gpu", "tiles", OK, state)
+    gpu = tuning.gpu_name(device)
+    other = tuning.stand_in(gpu)
+    number, of_other = tuning.num_measured(gpu), tuning.num_measured(other) if other else 0
+    known = [f"{number} problems measured on this kind of GPU"] if number else []
+    known += [f"{of_other} on {other}, which has the same chip and stands in"] if of_other else []
+    rest = "get the tile predicted to be fastest"
+    if known:
+        return Check("gpu", "tiles", OK, f"{', '.join(known)}; others {rest}")
     return Check(
         "gpu",
         "tiles",
         LIMIT,
-        "none measured on this kind of GPU: every problem gets the tile predicted to be fastest",
+        f"none measured on this kind of GPU: all problems {rest}",
         'options={"mode": "max-autotune"} measures those of a model once and keeps them.',
     )
 
