@@ -15,7 +15,7 @@ from freeact_fx.reference import pack_int4
 
 from .engine_ops import E4M3, is_hopper
 from .tiles import PROMOTED, TileConfig, hopper_tiles, predicted_us
-from .tuning import Problem, gpu_name, measured_tile, problem_of, tune
+from .tuning import Problem, gpu_name, known_tile, problem_of, tune
 
 # Of the tiles whose time is predicted to be shortest; the prediction is seldom off by more than a half.
 _NUM_MEASURED = 12
@@ -56,7 +56,7 @@ def tune_linear(
     tiles.sort(
         key=lambda tile: predicted_us(tile, problem.num_tokens, num_outputs, problem.num_codes)
     )
-    known = measured_tile(problem, gpu_name(device))
+    known = known_tile(problem, gpu_name(device))
     if known is not None:
         return known
     tiles = tiles[:_NUM_MEASURED]

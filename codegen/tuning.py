@@ -1,8 +1,7 @@
 """Which tile of the product is fastest, as measured: shipped for some GPUs, and kept on disk for this machine.
 
 Looking up costs a dictionary; nothing is measured unless ``mode="max-autotune"`` asks for it, and then each problem
-once per machine. A problem that nobody has measured gets the tile that ``tiles.choose_hopper_tile`` predicts; but where
-another GPU with the same chip has one (``stand_in``), that.
+once per machine. A problem that nobody has measured gets the tile that ``tiles.choose_hopper_tile`` predicts.
 
 Tiles are looked up by the kernel's launcher at each call. Compiled graphs do not hold any, so Inductor's cache of
 graphs needs no digest of them in its keys: a graph that is found there runs with the tiles known by then. What it
@@ -32,9 +31,6 @@ log = logging.getLogger(__name__)
 _VERSION = 1
 _SMALLEST_BUCKET = 16
 _SHIPPED = Path(__file__).parent / "tuned"
-# Of two GPUs with the same chip, as many multiprocessors of it, and other memory, the second one's tiles serve the
-# first until its own are measured.
-_STAND_INS = {"NVIDIA H100 80GB HBM3": "NVIDIA H200"}
 
 
 @dataclass(frozen=True)
@@ -63,23 +59,13 @@ def problem_of(
 
 
 def known_tile(problem: Problem, gpu: str) -> TileConfig | None:
-    """The fastest tile that was measured for a problem on a GPU of that name, or else on its stand-in, if any was."""
-    return _tiles_for(gpu).get(problem)
-
-
-def measured_tile(problem: Problem, gpu: str) -> TileConfig | None:
-    """The same of that GPU alone."""
+    """The fastest tile that was measured for a problem on a GPU of that name, if any was."""
     return _tiles_of(gpu).get(problem)
 
 
-def num_measured(gpu: str) -> int:
-    """How many problems have a tile that was measured on a GPU of that name."""
+def num_known(gpu: str) -> int:
+    """How many problems have a measured tile on a GPU of that name."""
     return len(_tiles_of(gpu))
-
-
-def stand_in(gpu: str) -> str | None:
-    """The GPU whose tiles serve one of that name where it has none of its own."""
-    return _STAND_INS.get(gpu)
 
 
 def tune(
@@ -92,7 +78,7 @@ def tune(
 
     A candidate that does not run is left out, with a line in the log. Raises RuntimeError if none runs.
     """
-    known = measured_tile(problem, gpu)
+    known = known_tile(problem, gpu)
     if known is not None:
         return known
     times: dict[TileConfig, float] = {}
@@ -152,18 +138,6 @@ def write_tiles(
     os.replace(name, file)
 
 
-def forget() -> None:
-    """Read the files again at the next look."""
-    _tiles_of.cache_clear()
-    _tiles_for.cache_clear()
-
-
-@functools.cache
-def _tiles_for(gpu: str) -> dict[Problem, TileConfig]:
-    other = stand_in(gpu)
-    return {**(_tiles_of(other) if other else {}), **_tiles_of(gpu)}
-
-
 @functools.cache
 def _tiles_of(gpu: str) -> dict[Problem, TileConfig]:
     found: dict[Problem, TileConfig] = {}
@@ -195,8 +169,7 @@ def _entries_in(file: Path) -> list[dict[str, Any]]:
 
 
 def _remember(problem: Problem, gpu: str, tile: TileConfig, us: float) -> None:
-    for tiles in (_tiles_of(gpu), _tiles_for(gpu)):
-        tiles[problem] = tile
+    _tiles_of(gpu)[problem] = tile
     file = cache_file(gpu)
     others = [e for e in _entries_in(file) if e.get("problem") != asdict(problem)]
     try:

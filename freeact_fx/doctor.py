@@ -278,19 +278,15 @@ def _tiles() -> Check:
     device = torch.device("cuda")
     if not engine_ops.is_hopper(device):
         return Check("gpu", "tiles", OK, "fixed for this chip by the number of tokens")
-    gpu = tuning.gpu_name(device)
-    other = tuning.stand_in(gpu)
-    number, of_other = tuning.num_measured(gpu), tuning.num_measured(other) if other else 0
-    known = [f"{number} problems measured on this kind of GPU"] if number else []
-    known += [f"{of_other} on {other}, which has the same chip and stands in"] if of_other else []
-    rest = "get the tile predicted to be fastest"
-    if known:
-        return Check("gpu", "tiles", OK, f"{', '.join(known)}; others {rest}")
+    number = tuning.num_known(tuning.gpu_name(device))
+    if number:
+        state = f"{number} problems measured on this kind of GPU; others get the tile predicted to be fastest"
+        return Check("gpu", "tiles", OK, state)
     return Check(
         "gpu",
         "tiles",
         LIMIT,
-        f"none measured on this kind of GPU: all problems {rest}",
+        "none measured on this kind of GPU: every problem gets the tile predicted to be fastest",
         'options={"mode": "max-autotune"} measures those of a model once and keeps them.',
     )
 

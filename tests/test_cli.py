@@ -518,33 +518,21 @@ def gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("gpu_that_is_not_there")
 @pytest.mark.parametrize(
-    ("hopper", "measured", "status", "says"),
+    ("hopper", "known", "status", "says"),
     [
-        (True, {"A GPU": 30}, "ok", "30 problems measured on this kind of GPU; others"),
-        (True, {"A GPU": 2, "Another": 30}, "ok", "this kind of GPU, 30 on Another, which"),
-        (
-            True,
-            {"Another": 30},
-            "ok",
-            "30 on Another, which has the same chip and stands in; others",
-        ),
-        (True, {}, "limit", "max-autotune"),
-        (False, {}, "ok", "fixed"),
+        (True, 30, "ok", "30 problems measured"),
+        (True, 0, "limit", "max-autotune"),
+        (False, 0, "ok", "fixed"),
     ],
 )
 def test_doctor_on_a_gpu(
-    hopper: bool,
-    measured: dict[str, int],
-    status: str,
-    says: str,
-    monkeypatch: pytest.MonkeyPatch,
+    hopper: bool, known: int, status: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it says of CUDA graphs and of measured tiles."""
     for name in ("has_gpu_kernels", "has_fp8"):
         monkeypatch.setattr(doctor_module, name, lambda: True)
     monkeypatch.setattr(engine_ops, "is_hopper", lambda device: hopper)
-    monkeypatch.setattr(tuning, "num_measured", lambda gpu: measured.get(gpu, 0))
-    monkeypatch.setattr(tuning, "stand_in", lambda gpu: "Another")
+    monkeypatch.setattr(tuning, "num_known", lambda gpu: known)
     found = {check.name: check for check in doctor_module._gpu()}
     assert "each shape" in found["cuda graphs"].value
     assert found["tiles"].status == status

@@ -20,12 +20,13 @@ TILES = [tile for tile, _ in hopper_tiles(1024)][:3]
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    tuning.forget()
+    tuning._tiles_of.cache_clear()
     yield tmp_path
-    tuning.forget()
+    tuning._tiles_of.cache_clear()
 
 
-another_process = tuning.forget
+def another_process() -> None:
+    tuning._tiles_of.cache_clear()
 
 
 def test_the_fastest_is_kept_on_disk(folder: Path) -> None:
@@ -68,36 +69,6 @@ def test_a_tile_that_does_not_run_is_left_out(caplog: pytest.LogCaptureFixture) 
     assert "cannot be measured: out of resource" in caplog.text
     with pytest.raises(RuntimeError, match=r"no tile runs on Some GPU 80GB; run `freeact doctor`"):
         tune(Problem(1, 2, 3), GPU, TILES[:1], time_us)
-
-
-def test_tiles_of_a_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They serve where nothing of one's own is measured, and are no reason not to."""
-    name, other = "Some GPU 141GB", Problem(128, 256, 1024)
-    tune(PROBLEM, GPU, TILES[:1], lambda tile: 1.0)
-    tune(other, GPU, TILES[:1], lambda tile: 1.0)
-    monkeypatch.setitem(tuning._STAND_INS, name, GPU)
-    another_process()
-    assert (known_tile(PROBLEM, name), known_tile(other, name)) == (TILES[0], TILES[0])
-    assert tuning.num_measured(name) == 0
-    assert tune(PROBLEM, name, TILES[1:], lambda tile: 1.0) == TILES[1]
-    for _ in range(2):
-        assert (known_tile(PROBLEM, name), known_tile(other, name)) == (TILES[1], TILES[0])
-        assert known_tile(PROBLEM, GPU) == TILES[0]
-        assert (tuning.num_measured(name), tuning.num_measured(GPU)) == (1, 2)
-        another_process()
-
-
-def test_an_h100_has_the_tiles_of_an_h200() -> None:
-    shipped = json.loads((tuning._SHIPPED / "tiles-nvidia-h200.json").read_text())["tiles"]
-    problem, tile = Problem(**shipped[0]["problem"]), TileConfig(**shipped[0]["tile"])
-    assert known_tile(problem, "NVIDIA H100 80GB HBM3") == tile
-    assert known_tile(problem, "NVIDIA H100 PCIe") is None  # fewer multiprocessors
-
-
-def test_every_stand_in_has_tiles() -> None:
-    for other in tuning._STAND_INS.values():
-        assert tuning.num_measured(other) > 0
-        assert tuning.stand_in(other) is None
 
 
 @pytest.mark.parametrize(
