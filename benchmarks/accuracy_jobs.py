@@ -87,6 +87,7 @@ ABLATIONS = (
     "sensitivity",
     "bias correction",
     "refined",
+    "budget 1.1",
     "budget 1.25",
     "branch",
     "paper",

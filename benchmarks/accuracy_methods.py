@@ -158,6 +158,9 @@ METHODS = {
         **ONE_TYPE,
         memory_budget=1.22,
     ),
+    "budget 1.1": _ablation(
+        "the default at QuantConfig's own memory_budget", memory_budget=QuantConfig().memory_budget
+    ),
     "budget 1.25": _ablation(
         "the default at memory_budget 1.25: its tables by type come on top", memory_budget=1.25
     ),

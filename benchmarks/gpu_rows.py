@@ -134,12 +134,14 @@ def _plan_rows(sizes: Sizes) -> Iterator[Row]:
     yield Row("two_types", "M=8192, N=4096, K=12288", "plans", lambda b: plan_row(b, down, types))
     plans = {"branch": (BRANCH, True), "shift": (TWO_TYPES, True)}
     yield Row("branch", "M=8192, N=12288, K=4096", "plans", lambda b: plan_row(b, up, plans))
-    yield Row(
-        "sliced",
-        "M=8192, N=12288, K=4096",
-        "plans",
-        lambda b: linear_row(b, up, [peer.INDUCTOR], config=SLICED, order="sorted"),
-    )
+    for order in ("sorted", "mixed"):
+        yield Row(
+            "sliced",
+            f"M=8192, N=12288, K=4096, types {order}",
+            "plans",
+            lambda b, order=order: linear_row(b, up, [peer.INDUCTOR], config=SLICED, order=order),
+            counts=order == "sorted",
+        )
 
 
 def _small_rows(sizes: Sizes) -> Iterator[Row]:

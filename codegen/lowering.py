@@ -15,6 +15,7 @@ The GPU has its own ops, in ``engine_ops``; ``engine_graph`` swaps them in.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -37,13 +38,18 @@ def register() -> None:
         torch.ops.freeact.transform_quantize_branch.default, _transform_quantize_branch
     )
     register_decomposition(torch.ops.freeact.branch_product.default, _branch_product)
-    if torch.cuda.is_available() and has_kernels(torch.device("cuda")):
-        from .templates import int_mm  # noqa: F401  (registers its lowering)
 
-        if is_hopper(torch.device("cuda")):
+
+def prepare(devices: Iterable[torch.device]) -> None:
+    """Have there what the kernels need on the devices of a graph, before it is compiled and before any CUDA graph is
+    captured. Why not on all devices there are: memory on one that nobody uses would open a context there."""
+    for device in devices:
+        if has_kernels(device):
+            from .templates import int_mm  # noqa: F401  (registers its lowering)
+        if is_hopper(device):
             from .kernels.stream_order import make_counters
 
-            make_counters(torch.device("cuda", torch.cuda.current_device()))
+            make_counters(device)
 
 
 def _transform_quantize(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,6 +3,11 @@
 Looking up costs a dictionary; nothing is measured unless ``mode="max-autotune"`` asks for it, and then each problem
 once per machine. A problem that nobody has measured gets the tile that ``tiles.choose_hopper_tile`` predicts.
 
+Tiles are looked up by the kernel's launcher at each call. Compiled graphs do not hold any, so Inductor's cache of
+graphs needs no digest of them in its keys: a graph that is found there runs with the tiles known by then. What it
+leaves out is measuring, and rightly so: who put it there under ``max-autotune`` has measured, and left the tiles beside
+it, in the same folder. Who deletes the tiles alone gets no new ones for graphs that are found.
+
 A file is ``{"version": 1, "gpu": name, "tiles": [{"problem": {...}, "tile": {...}, "us": median}, ...]}``.
 """
 
@@ -102,10 +107,17 @@ def ship(gpu: str, folder: Path, facts: dict[str, Any]) -> Path:
 
 def cache_file(gpu: str) -> Path:
     """Where this machine's measurements are, in Inductor's cache folder (TORCHINDUCTOR_CACHE_DIR)."""
+    return _folder() / "freeact" / f"tiles-{_slug(gpu)}.json"
+
+
+def _folder() -> Path:
     from freeact_fx.compat import inductor_cache  # not above: it imports this, by engine_graph
 
-    folder, _ = inductor_cache()
-    return Path(folder) / "freeact" / f"tiles-{_slug(gpu)}.json"
+    return Path(inductor_cache()[0])
+
+
+def _way_out() -> str:
+    return f"Delete {_folder()}, which has the graphs compiled with it, to measure anew."
 
 
 def entry(problem: Problem, tile: TileConfig, us: float) -> dict[str, Any]:
@@ -138,9 +150,7 @@ def _tiles_of(gpu: str) -> dict[Problem, TileConfig]:
                     raise ValueError(f"{tile} is none of the kernel's")
                 found[problem] = tile
             except (KeyError, TypeError, ValueError) as error:
-                log.warning(
-                    "%s: an entry is not used: %r. Delete the file to measure anew.", file, error
-                )
+                log.warning("%s: an entry is not used: %r. %s", file, error, _way_out())
     return found
 
 
@@ -154,7 +164,7 @@ def _entries_in(file: Path) -> list[dict[str, Any]]:
             raise ValueError(f"version {data['version']}, this is {_VERSION}")
         return list(data["tiles"])
     except (ValueError, KeyError, TypeError, OSError) as error:
-        log.warning("%s: not used: %s. Delete it to measure anew.", file, error)
+        log.warning("%s: not used: %s. %s", file, error, _way_out())
         return []
 
 

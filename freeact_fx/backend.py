@@ -169,6 +169,7 @@ def _compile(
     if chosen.compiler == "eager":
         return gm.forward
     lowering.register()
+    lowering.prepare({value.device for value in example_inputs if isinstance(value, Tensor)})
     return compat.compile_with_inductor(gm, example_inputs, chosen.inductor, digest)
 
 

@@ -29,6 +29,8 @@ _recorded: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _left_dry: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # Type tensors whose numbers are known to be in range, by version: checking waits for the device, so it is done once.
 _checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# Shapes of tokens whose tensor of no types a runner keeps.
+_MOST_SHAPES = 8
 
 
 class _Root(Protocol):
@@ -58,6 +60,7 @@ class Runner:
     config: QuantConfig
     label: str
     _warned: bool = field(default=False, init=False)
+    _untyped: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, init=False)
 
     @property
     def _kept(self) -> WeakIdKeyDictionary:
@@ -85,9 +88,7 @@ class Runner:
                 found = self._recorded(what, args)
                 if found is None and explicit_types() is None:
                     unknown.append(what)
-                extra.append(
-                    _no_types(what.shape(args), what.device) if found is None else found.types
-                )
+                extra.append(self._no_types(what, args) if found is None else found.types)
         if any(root.is_needed for root in unknown):
             self._warn_default()
         with named_graph(lambda: self._named_weights(binding, operands, args)), torch.no_grad():
@@ -145,14 +146,23 @@ class Runner:
         return [(n, w) for n, w in zip(binding.names, weights, strict=True) if w is not None]
 
     def _explicit(self, root: _Root, args: Sequence[Any]) -> Tensor:
-        """Types that an enclosing ``token_types`` hands in, [B, T] int32; -1 where there are none."""
+        """Types that an enclosing ``token_types`` hands in, [B, T] int32; -1 where there are none.
+
+        Why not copied to an address that stays: a CUDA graph of Inductor's copies its inputs to such a one itself, and
+        without a graph the next call could overwrite what a kernel on another stream still reads.
+        """
+        types = self._handed_in(root, args)
+        return self._no_types(root, args) if types is None else types.to(root.device)
+
+    def _handed_in(self, root: _Root, args: Sequence[Any]) -> Tensor | None:
+        """What the enclosing ``token_types`` says of a root's tokens; raises ConfigError if it fits no root."""
         shape = root.shape(args)
         types = explicit_types()
         if types is None:
-            return _no_types(shape, root.device)
+            return None
         if tuple(types.shape) != shape:
             if any(tuple(types.shape) == other.shape(args) for other in self.trailing.roots):
-                return _no_types(shape, root.device)
+                return None
             raise ConfigError(
                 f"token_types(types): the tokens of {self.label} have shape {list(shape)}, "
                 f"types has {list(types.shape)}. Give one type per token of this call."
@@ -161,7 +171,25 @@ class Runner:
         if _checked.get(types) != version:
             check_type_range(types, self.config.type_names)
             _checked[types] = version
-        return types.to(root.device)
+        return types
+
+    def _no_types(self, root: _Root, args: Sequence[Any]) -> Tensor:
+        """-1 for each token. One tensor for all calls of a shape on a stream: graphs read it, and none writes it."""
+        shape, device = root.shape(args), root.device
+        stream = 0
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():  # its memory is the graph's
+                return _full_of_no_type(shape, device)
+            stream = torch.cuda.current_stream(device).cuda_stream
+        key = (shape, device, stream)
+        found = self._untyped.pop(key, None)
+        if found is None:
+            with torch.inference_mode(False):  # calls outside of that mode may read it, too
+                found = _full_of_no_type(shape, device)
+        self._untyped[key] = found
+        if len(self._untyped) > _MOST_SHAPES:
+            del self._untyped[next(iter(self._untyped))]  # not used for the longest time
+        return found
 
     def _recorded(self, root: _Root, args: Sequence[Any]) -> Recorded | None:
         """What an earlier graph recorded for the hidden states that come in."""
@@ -196,7 +224,7 @@ class DryRunner(Runner):
         self.bindings.of(args)
         unknown: list[_Root] = []
         for root in self.trailing.roots:
-            self._explicit(root, args)
+            self._handed_in(root, args)  # raises what a run would
             self._notice(root, args)
             known = root.is_ids or explicit_types() is not None
             if not known and self._recorded(root, args) is None:
@@ -219,5 +247,5 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _no_types(shape: tuple[int, ...], device: torch.device) -> Tensor:
+def _full_of_no_type(shape: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.full(shape, -1, dtype=torch.int32, device=device)

@@ -489,6 +489,14 @@ def test_versions(name: str, found: str | None, least: str, use: str, status: st
     assert doctor_module._version_check(name, found, least, use).status == status
 
 
+@pytest.mark.parametrize(("has_gpu", "status"), [(True, "limit"), (False, "ok")])
+def test_a_gpu_needs_triton(has_gpu: bool, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    check = doctor_module._version_check("triton", None, "3.6", "kernels on a GPU")
+    assert (check.status, check.value) == (status, "not installed; for kernels on a GPU")
+    assert check.way_out == ("pip install triton" if has_gpu else None)
+
+
 def test_exit_codes_of_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     def with_status(status: str) -> Any:
         check = doctor_module.Check("versions", "torch", status, "2.9.1, 2.11 or newer is needed")
@@ -499,6 +507,16 @@ def test_exit_codes_of_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "torch: 2.9.1" in freeact("doctor", code=code)
 
 
+@pytest.fixture
+def gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    chip = SimpleNamespace(name="A GPU", major=9, minor=0, total_memory=2**36)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: chip)
+    monkeypatch.setattr(tuning, "gpu_name", lambda device: chip.name)
+
+
+@pytest.mark.usefixtures("gpu_that_is_not_there")
 @pytest.mark.parametrize(
     ("hopper", "known", "status", "says"),
     [
@@ -510,20 +528,34 @@ def test_exit_codes_of_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_doctor_on_a_gpu(
     hopper: bool, known: int, status: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On one that is not there: what it says of CUDA graphs and of measured tiles."""
-    chip = SimpleNamespace(name="A GPU", major=9, minor=0, total_memory=2**36)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: chip)
+    """What it says of CUDA graphs and of measured tiles."""
     for name in ("has_gpu_kernels", "has_fp8"):
         monkeypatch.setattr(doctor_module, name, lambda: True)
     monkeypatch.setattr(engine_ops, "is_hopper", lambda device: hopper)
-    monkeypatch.setattr(tuning, "gpu_name", lambda device: "A GPU")
     monkeypatch.setattr(tuning, "num_known", lambda gpu: known)
     found = {check.name: check for check in doctor_module._gpu()}
     assert "each shape" in found["cuda graphs"].value
     assert found["tiles"].status == status
     assert says in f"{found['tiles'].value} {found['tiles'].way_out}"
+
+
+@pytest.mark.usefixtures("gpu_that_is_not_there")
+@pytest.mark.parametrize(("capability", "has_triton"), [((7, 5), True), ((9, 0), False)])
+def test_doctor_on_a_gpu_without_kernels(
+    capability: tuple[int, int], has_triton: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model works there, slowly; nothing is said of what only kernels have."""
+    monkeypatch.setattr(engine_ops, "_capability", engine_ops._capability.__wrapped__)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found_triton = SimpleNamespace(find_spec=lambda name: has_triton or None)
+    monkeypatch.setattr(engine_ops, "importlib", SimpleNamespace(util=found_triton))
+    found = {check.name: check for check in doctor_module._gpu()}
+    assert set(found) == {"gpu 0", "gpu engine"}
+    engine = found["gpu engine"]
+    assert engine.status == "limit"
+    assert engine.value.startswith("none: on this GPU products run in plain PyTorch")
+    assert "compute capability 8.0 or above, and Triton" in str(engine.way_out)
+    assert doctor_module.Diagnosis(tuple(found.values())).exit_code == 1
 
 
 def test_doctor_finds_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import calibrate_8b_layer
@@ -14,11 +16,12 @@ import pytest
 import torch
 from gpu_decoder import LLADA_8B, QWEN_VL_7B
 from gpu_layers import SLICED, TWO_TYPES, typed_transform
-from gpu_peers import FP8, INDUCTOR, INT8, MAX_AUTOTUNE, TORCHAO_INT8
+from gpu_peers import FP8, INDUCTOR, INT8, MAX_AUTOTUNE, TORCHAO_INT4, TORCHAO_INT8, peers
 from gpu_rows import KEYS, Row, Sizes, all_rows
 from gpu_table import TableError, add_row, chosen_rows, describe, open_table
 from gpu_timing import Bench, brief, sources_digest
 from measure import RESULTS
+from torch import nn
 
 REHEARSAL = ["--device", "cpu", "--shapes", "tiny", "--compiler", "eager"]
 ROWS = all_rows(Sizes(tiny=True))
@@ -272,6 +275,58 @@ def test_as_many_linears_as_make_weights_cold(monkeypatch: pytest.MonkeyPatch) -
     bench = Bench(torch.device("cuda"))
     assert bench.copies(25 << 20) == 6
     assert bench.copies(151 << 20) == 1
+
+
+class Headed(nn.Module):
+    """Layers, the last of them called head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+        self.head = nn.Linear(16, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layers(x))
+
+
+@pytest.mark.parametrize(
+    ("column", "config"),
+    [
+        (TORCHAO_INT8, "Int8DynamicActivationInt8WeightConfig"),
+        (TORCHAO_INT4, "Int4WeightOnlyConfig"),
+    ],
+)
+def test_torchao_quantises_all_but_the_head(
+    column: str, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is asked of torchao, of one that only rounds weights; the dense module stays as it is."""
+    asked: list[tuple[str, list[str]]] = []
+
+    def quantize_(model: nn.Module, config: Any, filter_fn: Any) -> None:
+        chosen = [name for name, module in model.named_modules() if filter_fn(module, name)]
+        asked.append((type(config).__name__, chosen))
+        for name in chosen:
+            layer = model.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
+            layer.weight = nn.Parameter((layer.weight.detach() * 128).round() / 128)
+
+    quantization: Any = ModuleType("torchao.quantization")
+    quantization.quantize_ = quantize_
+    setattr(quantization, config, type(config, (), {}))
+    package: Any = ModuleType("torchao")
+    package.quantization = quantization
+    monkeypatch.setitem(sys.modules, "torchao", package)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", quantization)
+    dense, x = Headed().eval(), torch.randn(4, 16)
+    with torch.no_grad():
+        want = dense(x)
+        bench = Bench(torch.device("cpu"), "eager", peers="ratio")
+        columns = peers(bench, dense, [x], against=[column], cuda_graph=False, expected=want)
+        assert asked == [(config, ["layers.0", "layers.2"])]
+        assert list(columns) == [column]
+        assert columns[column].error is None
+        assert columns[column].error_to_bf16 > 0
+        assert torch.equal(dense(x), want)
 
 
 def test_digest_of_sources_is_that_of_the_package_wherever_it_is(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import run_and_get_code
 
 import freeact_fx
-from freeact_fx import QuantConfig, TokenTypes, compat, reference
+from freeact_fx import QuantConfig, TokenTypes, backend, compat, reference
 from freeact_fx.codegen import lowering
+from freeact_fx.options import Options
 
 
 class GatedMLP(nn.Module):
@@ -84,6 +87,23 @@ def test_branch_product_in_bf16_where_that_is_native(
             assert 0 < error < 2**-8
         else:
             assert torch.equal(got, want)
+
+
+def test_counters_are_made_on_the_devices_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several GPUs, two of them Hoppers, one of which the graph is on; before Inductor could capture anything."""
+    stream_order = pytest.importorskip("freeact_fx.codegen.kernels.stream_order")
+    told: list[Any] = []
+    monkeypatch.setattr(stream_order, "make_counters", told.append)
+    monkeypatch.setattr(lowering, "has_kernels", lambda device: device.type == "cuda")
+    monkeypatch.setattr(lowering, "is_hopper", lambda device: device.index in (1, 2))
+    monkeypatch.setattr(compat, "compile_with_inductor", lambda *args: told.append("compiled"))
+    gpus = [torch.device("cuda", index) for index in range(3)]
+    inputs = [SimpleNamespace(device=device) for device in (*gpus[:2], gpus[1])]
+    monkeypatch.setattr(backend, "Tensor", SimpleNamespace)
+    backend._compile(
+        torch.fx.symbolic_trace(nn.Identity()), [3, *inputs], Options(QuantConfig()), ""
+    )
+    assert told == [gpus[1], "compiled"]
 
 
 class UsersPass(CustomGraphPass):

@@ -127,6 +127,7 @@ def accumulate_codes(
     BLOCK_K: tl.constexpr,
     MASKED: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    APART: tl.constexpr,
 ):
     """Unpacked codes_W . codes over a range of weight bytes: [BLOCK_N, BLOCK_M] int32, or fp32 for e4m3."""
     E4M3: tl.constexpr = codes_ptr.dtype.element_ty == tl.float8e4nv
@@ -153,12 +154,19 @@ def accumulate_codes(
             even_weight, odd_weight = unpack_e4m3(packed, ASSEMBLY)
         else:
             even_weight, odd_weight = unpack_codes(packed, ASSEMBLY)
-        total = tl.dot(
-            even_weight, even_codes, total, max_num_imprecise_acc=PER_ADDITION, out_dtype=SUM
-        )
-        total = tl.dot(
-            odd_weight, odd_codes, total, max_num_imprecise_acc=PER_ADDITION, out_dtype=SUM
-        )
+        if APART:
+            # With that argument Triton leaves a product and an addition what they are.
+            even = tl.dot(even_weight, even_codes, max_num_imprecise_acc=PER_ADDITION)
+            odd = tl.dot(odd_weight, odd_codes, max_num_imprecise_acc=PER_ADDITION)
+            total += even
+            total += odd
+        else:
+            total = tl.dot(
+                even_weight, even_codes, total, max_num_imprecise_acc=PER_ADDITION, out_dtype=SUM
+            )
+            total = tl.dot(
+                odd_weight, odd_codes, total, max_num_imprecise_acc=PER_ADDITION, out_dtype=SUM
+            )
     return total
 
 
@@ -178,6 +186,7 @@ def int_mm_kernel(
     SPLIT_K: tl.constexpr,
     MASKED: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    APART: tl.constexpr,
 ):
     tile_m, tile_n = tile_of_program(
         tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M
@@ -203,6 +212,7 @@ def int_mm_kernel(
         BLOCK_K,
         MASKED,
         ASSEMBLY,
+        APART,
     )
     rows = split.to(tl.int64) * M + m
     inside = (m < M)[:, None] & (n < N)[None, :]
@@ -213,6 +223,14 @@ def int_mm_kernel(
         tl.store(out_ptr + rows[:, None] * N + n[None, :], total, inside)
 
 
+def capability_of(device: torch.device) -> int:
+    """As PTX writes it; Hopper's where there is no GPU."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def partial_dtype(codes: torch.dtype) -> torch.dtype:
     """Of partial sums."""
     return torch.int32 if codes == torch.int8 else torch.float32
@@ -221,6 +239,12 @@ def partial_dtype(codes: torch.dtype) -> torch.dtype:
 def whole_code(codes: torch.dtype) -> float:
     """What turns the sum of all partial sums into one of codes; as ``in_whole_codes``."""
     return 0.0625 if codes == torch.int8 else 512.0
+
+
+def adds_apart(codes: torch.dtype, capability: int) -> bool:
+    """Whether the kernel adds the sums of steps itself. Ada's tensor cores keep few bits of an e4m3 sum, as Hopper's;
+    ``max_num_imprecise_acc`` bounds what they add up, but Triton heeds it on Hopper alone."""
+    return codes != torch.int8 and capability < 90
 
 
 def is_masked(num_codes: int, tile: TileConfig) -> bool:
@@ -241,9 +265,9 @@ def int_mm(codes: Tensor, weight: Tensor, tile: TileConfig | None = None) -> Ten
     out = torch.empty(num_tokens, num_outputs, dtype=torch.float32, device=codes.device)
     if out.numel() == 0:
         return out
+    capability = capability_of(codes.device)
     if tile is None:
-        major, minor = torch.cuda.get_device_capability(codes.device)
-        tile = choose_tile(num_tokens, num_outputs, num_codes, 10 * major + minor)
+        tile = choose_tile(num_tokens, num_outputs, num_codes, capability)
     target = out
     if tile.split_k > 1:
         shape = (tile.split_k, *out.shape)
@@ -264,6 +288,7 @@ def int_mm(codes: Tensor, weight: Tensor, tile: TileConfig | None = None) -> Ten
         SPLIT_K=tile.split_k,
         MASKED=is_masked(num_codes, tile),
         ASSEMBLY=ASSEMBLY,
+        APART=adds_apart(codes.dtype, capability),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         enable_fp_fusion=True,

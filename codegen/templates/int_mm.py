@@ -64,6 +64,7 @@ _BODY = r"""
         BLOCK_K,
         MASKED,
         True,
+        APART,
     )
     idx_m = m[:, None]
     idx_n = n[None, :]
@@ -98,15 +99,10 @@ WHOLE = _template("freeact_int_mm", _WHOLE, *_FUNCTIONS, kernel.in_whole_codes)
 PARTIAL = _template("freeact_int_mm_partial", _PARTIAL, *_FUNCTIONS)
 
 
-def _tiles(codes: Any, weight: Any) -> tuple[TileConfig, ...]:
+def _tiles(codes: Any, weight: Any, capability: int) -> tuple[TileConfig, ...]:
     """The default, or under max-autotune all candidates; for the number of tokens of the first call."""
     num_tokens, num_codes = codes.get_size()
     num_tokens = V.graph.sizevars.optimization_hint(num_tokens)
-    capability = 90
-    device = codes.get_device()
-    if has_kernels(device):
-        major, minor = torch.cuda.get_device_capability(device)
-        capability = 10 * major + minor
     if config.max_autotune or config.max_autotune_gemm:
         return candidates(num_tokens, capability)
     return (choose_tile(num_tokens, int(weight.get_size()[0]), int(num_codes), capability),)
@@ -118,7 +114,9 @@ def engine_int_mm(codes: Any, weight: Any) -> Any:
     num_outputs = weight.get_size()[0]
     flat = _contiguous(lowerings[aten.reshape](codes, [-1, num_codes]))
     weight = _contiguous(weight)
-    tiles = _tiles(flat, weight)
+    device = flat.get_device()
+    capability = kernel.capability_of(device) if has_kernels(device) else 90
+    tiles = _tiles(flat, weight, capability)
     split_k = tiles[0].split_k
     shape, dtype, template = [flat.get_size()[0], num_outputs], torch.float32, WHOLE
     if split_k > 1:
@@ -140,6 +138,7 @@ def engine_int_mm(codes: Any, weight: Any) -> Any:
             SPLIT_K=tile.split_k,
             MASKED=kernel.is_masked(int(num_codes), tile),
             E4M3=codes.get_dtype() == E4M3,
+            APART=kernel.adds_apart(codes.get_dtype(), capability),
         )
     product = autotune_select_algorithm("freeact_int_mm", choices, [flat, weight], layout)
     if isinstance(product, tuple):  # from torch 2.13 on with the choice it made

@@ -80,7 +80,7 @@ def verify(
                   each other, and the result says what was left out
 
     Memory: the models, and about five fp32 copies of the weights of one group; the run with quantisers off holds all
-    weights once more in fp32, and is left out where they do not fit. Time: 25 to 30 forwards of the float model (135M
+    weights once more in fp32, and is left out where they do not fit. Time: 23 to 30 forwards of the float model (135M
     parameters, 512 tokens, one core), and Inductor's compilation unless the lowering is bypassed. Raises ConfigError
     for inputs that do not fit; what is wrong with the model is not raised but in the result.
     """

@@ -7,6 +7,7 @@ import torch
 from random_codes import random_codes
 
 from freeact_fx.codegen.engine_ops import to_engine_order
+from freeact_fx.codegen.kernels import int_mm as kernels
 from freeact_fx.codegen.kernels.int_mm import int_mm
 from freeact_fx.codegen.tiles import TileConfig
 from freeact_fx.reference import pack_int4
@@ -52,8 +53,10 @@ def test_one_hot_codes_read_the_weight_out(dtype: torch.dtype) -> None:
     assert torch.equal(product.t(), weight_i4.float())
 
 
-def test_any_e4m3_codes() -> None:
-    """All 254 numbers; the sum is in fp32."""
+@pytest.mark.parametrize("apart", [True, False])
+def test_any_e4m3_codes(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All 254 numbers; the sum is in fp32, which a chip adds up or the kernel."""
+    monkeypatch.setattr(kernels, "adds_apart", lambda dtype, capability: apart)
     numbers = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn)
     numbers = numbers[~numbers.float().isnan()].repeat(2, 1)
     weight_i4 = random_codes(40, numbers.shape[1], largest=7)

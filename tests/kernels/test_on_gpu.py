@@ -10,15 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from poison import poisoned_empty
 from prologue_bound import exact_row
-from random_codes import random_codes
+from random_codes import codes_of_slices, random_codes
 from random_prologues import random_prologue
 from random_transforms import random_transform
 from torch import Tensor
 from transform_bound import codes_of
+from transformed_on import transformed_on
 
 from freeact_fx import reference
 from freeact_fx.codegen import engine_ops
-from freeact_fx.codegen.engine_ops import to_engine_order, to_plain_order
+from freeact_fx.codegen.engine_ops import to_engine_order
 from freeact_fx.codegen.prologue import NO_PROLOGUE, Prologue
 from freeact_fx.codegen.tiles import TileConfig, hopper_tiles, hopper_transform_tile
 from freeact_fx.reference import pack_int4
@@ -176,20 +177,6 @@ def test_every_tile_of_the_hopper_linear(tile: TileConfig, num_tokens: int) -> N
         assert torch.equal(got.double(), want)
 
 
-def of_slices(
-    num_tokens: int, sizes: list[int], order: str
-) -> tuple[Tensor, Tensor | None, Tensor, list[int]]:
-    """Codes with zeros outside of a token's slice, types, slices of the tokens, and of the types; the last type is the
-    default."""
-    slice_of_type = [*range(len(sizes)), len(sizes) - 1, 0, 1]
-    types = torch.randint(-1, len(slice_of_type), (num_tokens,))
-    types = {"sorted": types.sort()[0], "one type": types * 0 + 1}.get(order, types)
-    chosen = torch.tensor(slice_of_type)[types if order != "untyped" else types * 0 - 1]
-    in_slice = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    codes = random_codes(num_tokens, sum(sizes), largest=7) * (in_slice == chosen[:, None])
-    return codes, None if order == "untyped" else types.to(GPU), chosen.to(GPU), slice_of_type
-
-
 @needs_hopper
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("order", ["sorted", "mixed", "untyped", "one type"])
@@ -210,7 +197,7 @@ def of_slices(
 def test_hopper_linear_of_slices(
     num_tokens: int, num_outputs: int, sizes: list[int], order: str, with_bias: bool
 ) -> None:
-    codes, types, chosen, slice_of_type = of_slices(num_tokens, sizes, order)
+    codes, types, chosen, slice_of_type = codes_of_slices(num_tokens, sizes, order, GPU)
     default_type = len(slice_of_type) - 1
     weight_i4 = random_codes(num_outputs, sum(sizes), largest=7)
     scale = torch.rand(num_tokens, 1, device=GPU)
@@ -252,7 +239,7 @@ def test_every_tile_of_the_hopper_linear_of_slices(
 ) -> None:
     """One output for each code, so that the output is the codes; again and again, to see the counters left as zeros."""
     sizes = [1000, 96, 3000]
-    codes, types, _, slice_of_type = of_slices(200, sizes, order)
+    codes, types, _, slice_of_type = codes_of_slices(200, sizes, order, GPU)
     weight_i4 = torch.zeros(400, 4096, dtype=torch.int8)
     columns = torch.randperm(4096)[:400]
     weight_i4[torch.arange(400), columns] = 1
@@ -463,36 +450,11 @@ def test_e4m3_linear_again_and_again(num_tokens: int) -> None:
 # ------------------------------------------------------------------ the transform
 
 
-def on_gpu(
-    t: GroupTransform,
-    x: Tensor,
-    types: Tensor | None,
-    qmax: int,
-    prologue: Prologue = NO_PROLOGUE,
-) -> tuple[Tensor, Tensor]:
-    """Codes in plain order, and scale; fills ``total``."""
-    moved = t.to(GPU)
-    operands = (moved.shift, moved.channel_scale, moved.left, moved.right, moved.clip)
-    static = (list(t.widths), list(t.slice_of_type), 1, qmax)
-    names = ("other", "weight", "bias", "total")
-    there = {n: v.to(GPU) for n in names if (v := getattr(prologue, n)) is not None}
-    codes, scale = engine_ops.run_transform(
-        x.to(GPU),
-        replace(prologue, **there),
-        None if types is None else types.to(GPU),
-        *operands,
-        *static,
-    )
-    if prologue.total is not None:
-        prologue.total.copy_(there["total"])
-    return to_plain_order(codes).cpu(), scale.cpu()
-
-
 def check(
     t: GroupTransform, x: Tensor, prologue: Prologue, types: Tensor | None, qmax: int
 ) -> Tensor | None:
     """Codes are those that the kernel's rounding allows, and few of them are not the reference's; returns ``total``."""
-    codes, scale = on_gpu(t, x, types, qmax, prologue)
+    codes, scale = transformed_on(GPU, t, x, types, qmax, prologue)
     row, error = exact_row(x, prologue)
     tile = hopper_transform_tile(t.left.shape[0], t.widths, t.right.shape[-1], prologue.kind)
     in_bf16 = HOPPER and tile is not None and qmax != 127
@@ -545,9 +507,9 @@ def test_what_is_not_finite_poisons_its_own_token(num_features: int, bad: float)
     t = random_transform("shift", num_features, NUM_TYPES, seed=2)
     x = torch.randn(5, num_features)
     x[4] = 0
-    codes, scale = on_gpu(t, x, None, 7)
+    codes, scale = transformed_on(GPU, t, x, None, 7)
     x[1, 7] = bad
-    bad_codes, bad_scale = on_gpu(t, x, None, 7)
+    bad_codes, bad_scale = transformed_on(GPU, t, x, None, 7)
     assert not bool(bad_scale[1].isfinite())
     others = [0, 2, 3, 4]
     assert torch.equal(bad_codes[others], codes[others])

@@ -74,7 +74,7 @@ def test_a_tile_that_does_not_run_is_left_out(caplog: pytest.LogCaptureFixture) 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{", "Delete it to measure anew"),
+        ("{", "which has the graphs compiled with it, to measure anew"),
         (json.dumps({"version": 0, "tiles": []}), "version 0, this is 1"),
         (json.dumps({"version": 1, "tiles": [{"problem": {"m": 1}}]}), "an entry is not used"),
     ],
