@@ -20,7 +20,7 @@ from torch._inductor.select_algorithm import (
 )
 from torch._inductor.virtualized import V
 
-from freeact_fx.codegen.engine_ops import E4M3, has_kernels
+from freeact_fx.codegen.engine_ops import E4M3
 from freeact_fx.codegen.kernels import int_mm as kernel
 from freeact_fx.codegen.tiles import TileConfig, candidates, choose_tile
 
@@ -114,8 +114,7 @@ def engine_int_mm(codes: Any, weight: Any) -> Any:
     num_outputs = weight.get_size()[0]
     flat = _contiguous(lowerings[aten.reshape](codes, [-1, num_codes]))
     weight = _contiguous(weight)
-    device = flat.get_device()
-    capability = kernel.capability_of(device) if has_kernels(device) else 90
+    capability = kernel.capability_of(flat.get_device())
     tiles = _tiles(flat, weight, capability)
     split_k = tiles[0].split_k
     shape, dtype, template = [flat.get_size()[0], num_outputs], torch.float32, WHOLE

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from gated_block import Block
 
 import freeact_fx
 from freeact_fx import QuantConfig, TokenTypes, reference
@@ -20,20 +20,6 @@ HAS_FP8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8
 needs_fp8 = pytest.mark.skipif(not HAS_FP8, reason="for chips with fp8 tensor cores")
 GPU = torch.device("cuda")
 ops = torch.ops.freeact
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(64, width)
-        self.norm = nn.RMSNorm(width)
-        self.gate, self.up = (nn.Linear(width, hidden, bias=False) for _ in range(2))
-        self.down = nn.Linear(hidden, width)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        y = self.norm(x)
-        return x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
 
 
 @pytest.mark.filterwarnings(

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from gated_block import Block
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from poison import poisoned_empty
@@ -61,20 +62,6 @@ def without_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ------------------------------------------------------------------ the portable kernels in a compiled model
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(64, width)
-        self.norm = nn.RMSNorm(width)
-        self.gate, self.up = (nn.Linear(width, hidden, bias=False) for _ in range(2))
-        self.down = nn.Linear(hidden, width)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        y = self.norm(x)
-        return x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
 
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # torch's own: of fp32 products
