@@ -314,7 +314,7 @@ def hopper_transform_tile(
             # What waits for all of a token before the products: the copy engine brings it, if it is one piece.
             copied = d2 % 8 == 0 and not (rows_in[1] or columns[1])
             tokens_ahead = 2 if copied else 0
-            registers, programs = (96, 5) if copied and prologue == "rms" else (128, 4)
+            registers, programs = 128, 4
     elif size <= 64 * 128:
         registers, programs = (168, 3) if size <= 64 * 96 else (255, 2)
         if rows == 128:

@@ -17,5 +17,5 @@ def poisoned_empty(*args: Any, **kwargs: Any) -> Tensor:
         if tensor.dtype.is_floating_point:
             tensor.fill_(torch.nan)
         else:
-            tensor.view(torch.uint8).fill_(0x7F)
+            tensor.view(-1).view(torch.uint8).fill_(0x7F)
     return tensor
