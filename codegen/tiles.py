@@ -365,31 +365,33 @@ def branch_tile(num_codes: int, rank: int) -> BranchTile | None:
     return BranchTile(block_m, block_k, block_r, 8, num_stages)
 
 
-# At most so many tokens have a program each for parts of their features. What a program reads of a branch's columns is
-# then for one token; with more of them that takes longer than going over tiles of tokens.
+# At most so many tokens have programs that share their features.
 FEW_TOKENS = 256
-# Codes of columns that a program has in registers, 32 of them in each thread.
-_FEW_TOKENS_CODES = 32 * 4 * 256
 
 
 @dataclass(frozen=True)
 class FewTokensTile:
-    """The part of a token's features [block_k], and of a branch's columns [block_k, block_r], of a program; one of them
-    makes the codes of all, ``chunk`` at a time."""
+    """A program's tokens, features and columns of a branch: [block_m, block_k] and [block_k, block_r]; codes are made of
+    ``chunk`` features of a token."""
 
+    num_codes: int
     block_k: int
     block_r: int
     chunk: int
+    block_m: int = 16
     num_warps: int = 8
+
+    def num_parts(self, num_tokens: int) -> int:
+        """Programs among which to divide the sums of a tile of tokens: all add up what these have found."""
+        tiles_m = -(-num_tokens // self.block_m)
+        return max(1, min(128 // tiles_m, self.num_codes // (2 * self.block_k)))
 
 
 @functools.cache
 def few_tokens_tile(num_codes: int, rank: int) -> FewTokensTile:
-    """The tile of a branch that has a ``branch_tile``; a part has even features alone, or odd ones."""
-    block_r = _padded(rank)
+    """The tile of a branch that has a ``branch_tile``; its features are even ones alone, or odd ones."""
     power = num_codes & -num_codes
-    block_k = min(power // 2, _FEW_TOKENS_CODES // block_r)
-    return FewTokensTile(block_k, block_r, min(power, 1024))
+    return FewTokensTile(num_codes, min(power // 2, 256), _padded(rank), min(power, 1024))
 
 
 def _in_pieces(size: int) -> tuple[int, int]:

@@ -1,9 +1,9 @@
 """Split the branch off few transformed tokens and round what is left: ``hopper_branch_quantize`` for decoding.
 
-There a program has 64 tokens and goes three times over all of K; with one token that is as slow. Here programs share
-the features of a token, and have their rows of U in registers before the kernel in front of them is done. Twice each
-needs what all have found: coefficients, which a second kernel adds up, and the largest magnitude, which the last of
-its programs sees: that one makes the token's codes.
+There a program has 64 tokens and goes three times over all of K, which takes as long for one token. Here programs share
+the features of sixteen tokens, a tile of them each, and have their rows of U ready for the tensor cores before the
+kernel in front of them is done. What all have found each needs twice: coefficients and the largest magnitude. So there
+are three kernels: one finds coefficients of parts of the features, one what is left, and one its codes.
 
 U is int8 codes as they are stored. The rest is rounded where ``hopper_branch_quantize`` rounds; letters as there.
 """
@@ -16,147 +16,214 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from freeact_fx.codegen.tiles import branch_width, few_tokens_tile
 from freeact_fx.reference import column_step
 
-from .gluon_names import barrier
-from .hopper_arithmetic import larger, larger_magnitude, reciprocal, to_e4m3, to_int4
+from .hopper_arithmetic import (
+    bf16_of_int8,
+    larger,
+    larger_magnitude,
+    reciprocal,
+    to_e4m3,
+    to_int4,
+)
+from .hopper_int_mm import types_of
 from .hopper_transform_quantize import SMALLEST, type_of
 from .launches import Launch
-from .stream_order import allow_next_kernel, counters, wait_for_previous_kernel
+from .stream_order import allow_next_kernel, wait_for_previous_kernel
 
 
 @gluon.constexpr_function
-def rows_of_columns(block_r, num_warps):
-    """Sixteen codes of a row of U to a thread."""
-    per_row = block_r // 16
-    return gl.BlockedLayout([1, 16], [32 // per_row, per_row], [num_warps, 1], [1, 0])
+def product_layout(num_warps):
+    """Sixteen tokens by columns that the warps share."""
+    return gl.NVMMADistributedLayout(
+        version=[2, 0], warps_per_cta=[1, num_warps], instr_shape=[16, 8]
+    )
+
+
+@gluon.constexpr_function
+def rows_layout(length, size, num_warps):
+    """Rows of a power of two of elements, ``size`` of them to a thread."""
+    per_row = min(32, length // size)
+    return gl.BlockedLayout([1, size], [32 // per_row, per_row], [num_warps, 1], [1, 0])
 
 
 @gluon.jit
-def columns_of_part(
-    columns_ptr,
-    part,
-    K: gl.constexpr,
-    R: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    BLOCK_R: gl.constexpr,
-    layout: gl.constexpr,
-):
-    """The rows of U that belong to a part of the features in engine order, the even ones before the odd ones."""
-    first = part * BLOCK_K
+def columns_of_tile(
+    columns_ptr, tile, K: gl.constexpr, R: gl.constexpr, BLOCK_K: gl.constexpr,
+    BLOCK_R: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """The rows of U [BLOCK_K, BLOCK_R] of a tile of the features in engine order, the even ones before the odd ones."""
+    layout: gl.constexpr = rows_layout(BLOCK_R, 16, num_warps)
+    first = tile * BLOCK_K
     is_odd = (first >= K // 2).to(gl.int32)
     pair = first - is_odd * (K // 2) + gl.arange(0, BLOCK_K, gl.SliceLayout(1, layout))
     r = gl.arange(0, BLOCK_R, gl.SliceLayout(0, layout))
     place = (2 * pair + is_odd)[:, None] * R + r[None, :]
-    return gl.load(columns_ptr + place, (r < R)[None, :], 0)
+    return bf16_of_int8(gl.load(columns_ptr + place, (r < R)[None, :], 0))
 
 
 @gluon.jit
-def values_of_part(
-    z_ptr, token, part, K: gl.constexpr, BLOCK_K: gl.constexpr, layout: gl.constexpr
-):
-    k = part * BLOCK_K + gl.arange(0, BLOCK_K, gl.SliceLayout(1, layout))
-    return gl.load(z_ptr + token.to(gl.int64) * K + k).to(gl.float32)
+def values_of_tile(z_ptr, m, tile, M, K: gl.constexpr, BLOCK_K: gl.constexpr, layout: gl.constexpr):
+    k = tile * BLOCK_K + gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
+    return gl.load(z_ptr + m.to(gl.int64)[:, None] * K + k[None, :], (m < M)[:, None], 0.0)
 
 
 @gluon.jit
 def coefficients_kernel(
     z_ptr,  # [M, K] bf16, in engine order
     columns_ptr,  # [K, R] int8
-    partial_ptr,  # [M, parts, BLOCK_R] fp32
+    partial_ptr,  # [tiles of tokens, num_parts, BLOCK_M, BLOCK_R] fp32
+    M,
+    num_parts,  # programs for one tile of tokens
     K: gl.constexpr,
     R: gl.constexpr,
+    BLOCK_M: gl.constexpr,
     BLOCK_K: gl.constexpr,
     BLOCK_R: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """What each part of a token's features adds to its coefficients, in codes of U."""
-    layout: gl.constexpr = rows_of_columns(BLOCK_R, num_warps)
+    """What each part of the tokens' features adds to their coefficients, in codes of U."""
+    product: gl.constexpr = product_layout(num_warps)
+    left: gl.constexpr = gl.DotOperandLayout(0, product, k_width=2)
+    right: gl.constexpr = gl.DotOperandLayout(1, product, k_width=2)
+    rows: gl.constexpr = rows_layout(BLOCK_K, 8, num_warps)
+    outputs: gl.constexpr = rows_layout(BLOCK_R, 4, num_warps)
     allow_next_kernel()
-    token = gl.program_id(0) // (K // BLOCK_K)
-    part = gl.program_id(0) % (K // BLOCK_K)
-    columns = columns_of_part(columns_ptr, part, K, R, BLOCK_K, BLOCK_R, layout)
+    first_m = gl.program_id(0) // num_parts * BLOCK_M
+    part = gl.program_id(0) % num_parts
+    columns = columns_of_tile(columns_ptr, part, K, R, BLOCK_K, BLOCK_R, num_warps)
+    first_columns = gl.convert_layout(columns, right)
     wait_for_previous_kernel()
-    z = values_of_part(z_ptr, token, part, K, BLOCK_K, layout)
-    c = gl.sum(z[:, None] * columns.to(gl.float32), 0)
-    r = gl.arange(0, BLOCK_R, gl.SliceLayout(0, layout))
-    gl.store(partial_ptr + gl.program_id(0) * BLOCK_R + r, c)
+    m = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, rows))
+    z = values_of_tile(z_ptr, m, part, M, K, BLOCK_K, rows)
+    c = gl.zeros((BLOCK_M, BLOCK_R), gl.float32, product)
+    c = mma_v2(gl.convert_layout(z, left), first_columns, c)
+    for tile in range(part + num_parts, K // BLOCK_K, num_parts):
+        columns = columns_of_tile(columns_ptr, tile, K, R, BLOCK_K, BLOCK_R, num_warps)
+        z = values_of_tile(z_ptr, m, tile, M, K, BLOCK_K, rows)
+        c = mma_v2(gl.convert_layout(z, left), gl.convert_layout(columns, right), c)
+    row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, outputs))
+    r = gl.arange(0, BLOCK_R, gl.SliceLayout(0, outputs))
+    place = (gl.program_id(0) * BLOCK_M + row)[:, None] * BLOCK_R + r[None, :]
+    gl.store(partial_ptr + place, gl.convert_layout(c, outputs))
 
 
 @gluon.jit
-def codes_kernel(
+def rest_kernel(
     z_ptr,
     columns_ptr,
     partial_ptr,
     type_ptr,  # [M] int, or None: all tokens are DEFAULT_TYPE
+    rest_ptr,  # [M, K] fp32
+    largest_ptr,  # [M, K / BLOCK_K] fp32
+    sums_ptr,  # [M, BLOCK_R] fp32: coefficients
+    M,
+    num_parts,
+    K: gl.constexpr,
+    R: gl.constexpr,
+    OWN_RANK: gl.constexpr,
+    NUM_TYPES: gl.constexpr,
+    DEFAULT_TYPE: gl.constexpr,
+    STEP: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """``z - c U^T`` of a tile of features, and its largest magnitudes."""
+    NUM_TILES: gl.constexpr = K // BLOCK_K
+    product: gl.constexpr = product_layout(num_warps)
+    left: gl.constexpr = gl.DotOperandLayout(0, product, k_width=2)
+    right: gl.constexpr = gl.DotOperandLayout(1, product, k_width=2)
+    rows: gl.constexpr = rows_layout(BLOCK_K, 8, num_warps)
+    inputs: gl.constexpr = rows_layout(BLOCK_R, 4, num_warps)
+    allow_next_kernel()
+    tile_m = gl.program_id(0) // NUM_TILES
+    tile = gl.program_id(0) % NUM_TILES
+    columns = columns_of_tile(columns_ptr, tile, K, R, BLOCK_K, BLOCK_R, num_warps)
+    columns = gl.convert_layout(columns.permute((1, 0)), right)
+    wait_for_previous_kernel()
+    m = tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, rows))
+    z = values_of_tile(z_ptr, m, tile, M, K, BLOCK_K, rows)
+    # Parts one after the other, as many at a time as a thread may wait for.
+    row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, inputs))
+    r = gl.arange(0, BLOCK_R, gl.SliceLayout(0, inputs))
+    place = (tile_m * num_parts * BLOCK_M + row)[:, None] * BLOCK_R + r[None, :]
+    c = gl.zeros((BLOCK_M, BLOCK_R), gl.float32, inputs)
+    for first in range(0, num_parts, 8):
+        for i in gl.static_range(8):
+            of_part = partial_ptr + (first + i) * (BLOCK_M * BLOCK_R) + place
+            # Not out of the L1 cache, which may hold values of a call before.
+            c += gl.load(of_part, first + i < num_parts, 0.0, cache_modifier=".cg")
+    c = c * STEP
+    row_m = tile_m * BLOCK_M + row
+    if OWN_RANK > 0:
+        token_type = DEFAULT_TYPE
+        if type_ptr is not None:
+            token_type = types_of(type_ptr, row_m, M, NUM_TYPES)[:, None]
+        c = gl.where((r // OWN_RANK)[None, :] == token_type, c, 0.0)
+    if tile == 0:
+        gl.store(sums_ptr + row_m[:, None] * BLOCK_R + r[None, :], c, (row_m < M)[:, None])
+    multiplied = gl.convert_layout(c.to(gl.bfloat16), left)
+    of_branch = gl.zeros((BLOCK_M, BLOCK_K), gl.float32, product)
+    of_branch = mma_v2(multiplied, columns, of_branch)
+    rest = z.to(gl.float32) - STEP * gl.convert_layout(of_branch, rows)
+    k = tile * BLOCK_K + gl.arange(0, BLOCK_K, gl.SliceLayout(0, rows))
+    gl.store(rest_ptr + m.to(gl.int64)[:, None] * K + k[None, :], rest, (m < M)[:, None])
+    # As in ``hopper_branch_quantize``: where a token is not finite nothing is.
+    largest = gl.full((BLOCK_M, BLOCK_K), float("nan"), gl.float32, rows)
+    largest = gl.max(larger_magnitude(largest, rest), 1)
+    gl.store(largest_ptr + m * NUM_TILES + tile, largest, m < M)
+
+
+@gluon.jit
+def codes_kernel(
+    rest_ptr,
+    largest_ptr,
+    sums_ptr,
+    type_ptr,
     clip_ptr,  # [P] fp32
-    rest_ptr,  # [M, K] fp32, for the programs of a token among themselves
-    counter_ptr,  # [M] int32 of zeros, which it leaves as such
     codes_ptr,  # [M, K] int8 or the bytes of e4m3
     scale_ptr,  # [M] fp32
     coefficients_ptr,  # [M, WIDTH] bf16, in units of the scale; zeros behind R
     K: gl.constexpr,
-    R: gl.constexpr,
     WIDTH: gl.constexpr,
-    OWN_RANK: gl.constexpr,
     NUM_TYPES: gl.constexpr,
     DEFAULT_TYPE: gl.constexpr,
     QMAX: gl.constexpr,
-    STEP: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    BLOCK_R: gl.constexpr,
-    PARTS: gl.constexpr,  # a power of two, of which the token has K / BLOCK_K
+    NUM_TILES: gl.constexpr,
+    TILES: gl.constexpr,  # a power of two, at least that
     CHUNK: gl.constexpr,
+    BLOCK_R: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    layout: gl.constexpr = rows_of_columns(BLOCK_R, num_warps)
-    NUM_PARTS: gl.constexpr = K // BLOCK_K
+    """The codes of a chunk of a token; the program of its first chunk has the scale and the coefficients."""
+    flat: gl.constexpr = gl.BlockedLayout([4], [32], [num_warps], [0])
     allow_next_kernel()
-    token = gl.program_id(0) // NUM_PARTS
-    part = gl.program_id(0) % NUM_PARTS
-    columns = columns_of_part(columns_ptr, part, K, R, BLOCK_K, BLOCK_R, layout)
+    token = gl.program_id(0) // (K // CHUNK)
+    chunk = gl.program_id(0) % (K // CHUNK)
     wait_for_previous_kernel()
-    z = values_of_part(z_ptr, token, part, K, BLOCK_K, layout)
+    place = token.to(gl.int64) * K + chunk * CHUNK + gl.arange(0, CHUNK, flat)
+    rest = gl.load(rest_ptr + place)
+    tile = gl.arange(0, TILES, flat)
+    largest = gl.load(largest_ptr + token * NUM_TILES + tile, tile < NUM_TILES, float("nan"))
     token_type = type_of(type_ptr, token, DEFAULT_TYPE, NUM_TYPES)
-    r = gl.arange(0, BLOCK_R, gl.SliceLayout(0, layout))
-    p = gl.arange(0, PARTS, gl.SliceLayout(1, layout))
-    place = (token * NUM_PARTS + p)[:, None] * BLOCK_R + r[None, :]
-    c = STEP * gl.sum(gl.load(partial_ptr + place, (p < NUM_PARTS)[:, None], 0.0), 0)
-    if OWN_RANK > 0:
-        c = gl.where(r // OWN_RANK == token_type, c, 0.0)
-    multiplied = c.to(gl.bfloat16).to(gl.float32)
-    rest = z - STEP * gl.sum(columns.to(gl.float32) * multiplied[None, :], 1)
-    of_token = rest_ptr + token.to(gl.int64) * K
-    k = part * BLOCK_K + gl.arange(0, BLOCK_K, gl.SliceLayout(1, layout))
-    gl.store(of_token + k, rest)
-    barrier()
-    if gl.atomic_add(counter_ptr + token, 1, sem="acq_rel") == NUM_PARTS - 1:
-        gl.store(counter_ptr + token, 0)
-        flat: gl.constexpr = gl.BlockedLayout([4], [32], [num_warps], [0])
-        i = gl.arange(0, CHUNK, flat)
-        # As in ``hopper_branch_quantize``: where a token is not finite nothing is.
-        largest = gl.full((CHUNK,), float("nan"), gl.float32, flat)
-        chunks = ()
-        for number in gl.static_range(K // CHUNK):
-            # Not out of the L1 cache, which may hold values of a call before.
-            chunk = gl.load(of_token + number * CHUNK + i, cache_modifier=".cg")
-            largest = larger_magnitude(largest, chunk)
-            chunks = chunks + (chunk,)  # type: ignore[assignment]  # noqa: RUF005 (Triton unpacks no tuple)
-        per_code = gl.max(largest, 0) * gl.load(clip_ptr + token_type) / QMAX
-        per_code = larger(per_code, SMALLEST)
+    per_code = gl.max(largest, 0) * gl.load(clip_ptr + token_type) / QMAX
+    per_code = larger(per_code, SMALLEST)
+    if chunk == 0:
         gl.store(scale_ptr + token, per_code)
-        place_of_c = coefficients_ptr + token * WIDTH + r
-        gl.store(place_of_c, (c / per_code).to(gl.bfloat16), r < WIDTH)
-        target = codes_ptr + token.to(gl.int64) * K + i
-        for number in gl.static_range(K // CHUNK):
-            if QMAX == 448:
-                codes = to_e4m3(chunks[number], reciprocal(per_code))
-            else:
-                gl.static_assert(QMAX == 7)
-                codes = to_int4(chunks[number], reciprocal(14 * per_code))
-            gl.store(target + number * CHUNK, codes)
+        r = gl.arange(0, BLOCK_R, flat)
+        c = gl.load(sums_ptr + token * BLOCK_R + r) / per_code
+        gl.store(coefficients_ptr + token * WIDTH + r, c.to(gl.bfloat16), r < WIDTH)
+    if QMAX == 448:
+        codes = to_e4m3(rest, reciprocal(per_code))
+    else:
+        gl.static_assert(QMAX == 7)
+        codes = to_int4(rest, reciprocal(14 * per_code))
+    gl.store(codes_ptr + place, codes)
 
 
 def branch_quantize_few(
@@ -168,28 +235,44 @@ def branch_quantize_few(
     own_rank: int,
     qmax: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``hopper_branch_quantize`` by as many programs as share a token's features."""
+    """``hopper_branch_quantize`` by as many programs as share the tokens' features."""
     (num_tokens, num_features), rank = z.shape, lowrank.shape[1]
-    empty = functools.partial(torch.empty, device=z.device)
     tile = few_tokens_tile(num_features, rank)
-    num_parts = num_features // tile.block_k
-    partial = empty(num_tokens * num_parts * tile.block_r, dtype=torch.float32)
+    tiles_m, num_tiles = -(-num_tokens // tile.block_m), num_features // tile.block_k
+    num_parts = tile.num_parts(num_tokens)
+    empty = functools.partial(torch.empty, device=z.device)
+    partial = empty(tiles_m * num_parts * tile.block_m * tile.block_r, dtype=torch.float32)
     rest = empty(num_tokens, num_features, dtype=torch.float32)
+    largest = empty(num_tokens, num_tiles, dtype=torch.float32)
+    sums = empty(num_tokens, tile.block_r, dtype=torch.float32)
     codes = empty(num_tokens, num_features, dtype=torch.int8)
     scale = empty(num_tokens, 1, dtype=torch.float32)
     coefficients = empty(num_tokens, branch_width(rank), dtype=torch.bfloat16)
-    add_up, make_codes = _launch_of(num_features, rank, own_rank, clip.shape[0], default_type, qmax)
-    add_up(z.device, num_tokens * num_parts, z, lowrank, partial)
-    make_codes(
+    add_up, take_away, make_codes = _launches_of(
+        num_features, rank, own_rank, clip.shape[0], default_type, qmax
+    )
+    add_up(z.device, tiles_m * num_parts, z, lowrank, partial, num_tokens, num_parts)
+    take_away(
         z.device,
-        num_tokens * num_parts,
+        tiles_m * num_tiles,
         z,
         lowrank,
         partial,
         token_type,
-        clip,
         rest,
-        counters(z.device, num_tokens, 0),
+        largest,
+        sums,
+        num_tokens,
+        num_parts,
+    )
+    make_codes(
+        z.device,
+        num_tokens * (num_features // tile.chunk),
+        rest,
+        largest,
+        sums,
+        token_type,
+        clip,
         codes,
         scale,
         coefficients,
@@ -198,29 +281,36 @@ def branch_quantize_few(
 
 
 @functools.cache
-def _launch_of(
+def _launches_of(
     num_features: int, rank: int, own_rank: int, num_types: int, default_type: int, qmax: int
-) -> tuple[Launch, Launch]:
+) -> tuple[Launch, Launch, Launch]:
     tile = few_tokens_tile(num_features, rank)
+    num_tiles = num_features // tile.block_k
+    options = {"num_warps": tile.num_warps, "enable_fp_fusion": True, "launch_pdl": True}
+    of_types = {"NUM_TYPES": num_types, "DEFAULT_TYPE": default_type}
     shared = {
         "K": num_features,
         "R": rank,
+        "BLOCK_M": tile.block_m,
         "BLOCK_K": tile.block_k,
         "BLOCK_R": tile.block_r,
-        "num_warps": tile.num_warps,
-        "enable_fp_fusion": True,
-        "launch_pdl": True,
+        **options,
     }
-    num_parts = num_features // tile.block_k
-    return Launch(coefficients_kernel, **shared), Launch(
-        codes_kernel,
-        **shared,
-        WIDTH=branch_width(rank),
-        OWN_RANK=own_rank,
-        NUM_TYPES=num_types,
-        DEFAULT_TYPE=default_type,
-        QMAX=qmax,
-        STEP=column_step(num_features),
-        PARTS=1 << (num_parts - 1).bit_length(),
-        CHUNK=tile.chunk,
+    return (
+        Launch(coefficients_kernel, **shared),
+        Launch(
+            rest_kernel, **shared, **of_types, OWN_RANK=own_rank, STEP=column_step(num_features)
+        ),
+        Launch(
+            codes_kernel,
+            **options,
+            **of_types,
+            K=num_features,
+            WIDTH=branch_width(rank),
+            QMAX=qmax,
+            NUM_TILES=num_tiles,
+            TILES=1 << (num_tiles - 1).bit_length(),
+            CHUNK=tile.chunk,
+            BLOCK_R=tile.block_r,
+        ),
     )

@@ -23,7 +23,7 @@ import torch
 from inline_ptx import run_elementwise
 from torch import Tensor
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia import ampere, hopper
 
 _TO_TORCH = {
     gl.int1: torch.bool,
@@ -430,6 +430,12 @@ def warpgroup_mma(
     return Pending(total) if is_async else Value(total)
 
 
+def mma_v2(a: Value, b: Value, acc: Value) -> Value:
+    if a.dtype != b.dtype or acc.data.shape != (a.shape[0], b.shape[1]):
+        raise InterpreterError(f"{a.dtype}{a.shape} x {b.dtype}{b.shape} + {acc.data.shape}")
+    return Value(acc.data + a.data.float() @ b.data.float())
+
+
 def warpgroup_mma_wait(num_outstanding: int = 0, deps: Sequence[Any] = ()) -> Any:
     if num_outstanding == 0:
         _accesses.wait()
@@ -538,6 +544,7 @@ def _names() -> dict[int, Any]:
         (hopper.warpgroup_mma, warpgroup_mma),
         (hopper.warpgroup_mma_wait, warpgroup_mma_wait),
         (hopper.fence_async_shared, _fence),
+        (ampere.mma_v2, mma_v2),
     ]
     for module, names, ours in (
         (tma, ("async_load", "async_copy_global_to_shared"), copy_to_shared),

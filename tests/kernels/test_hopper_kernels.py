@@ -57,14 +57,17 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     )
     for module in modules:
         monkeypatch.setattr(module, "Launch", InterpretedLaunch)
-        module._launch_of.cache_clear()
+        for name in ("_launch_of", "_launches_of"):
+            if hasattr(module, name):
+                getattr(module, name).cache_clear()
     monkeypatch.setattr(hopper_int_mm, "_num_multiprocessors", lambda device: 3)
-    for module in (hopper_int_mm, hopper_branch_few):
-        monkeypatch.setattr(module, "counters", lambda device, number, first: counter[first:])
+    monkeypatch.setattr(hopper_int_mm, "counters", lambda device, number, first: counter[first:])
     monkeypatch.setattr(hopper_transform_quantize, "_num_multiprocessors", lambda device: 1)
     yield
     for module in modules:
-        module._launch_of.cache_clear()
+        for name in ("_launch_of", "_launches_of"):
+            if hasattr(module, name):
+                getattr(module, name).cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -288,7 +291,6 @@ def test_branch(
     assert float(difference.max()) <= (1 if qmax == 7 else 32)
     assert torch.allclose(scale, want_scale, rtol=1e-3)
     assert torch.allclose(coefficients, want_coefficients, rtol=2**-6, atol=1e-3)
-    assert int(counter.abs().max()) == 0
 
 
 @pytest.mark.parametrize("few_tokens", [0, 4])

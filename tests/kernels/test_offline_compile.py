@@ -272,34 +272,44 @@ def test_hopper_branch_of_few_tokens(
     num_features: int, rank: int, own_rank: int, qmax: int, typed: bool
 ) -> None:
     tile = few_tokens_tile(num_features, rank)
+    num_tiles = num_features // tile.block_k
     shared = {
         "K": num_features,
         "R": rank,
+        "BLOCK_M": tile.block_m,
         "BLOCK_K": tile.block_k,
         "BLOCK_R": tile.block_r,
         "num_warps": tile.num_warps,
     }
     pointers = {"z_ptr": "*bf16", "columns_ptr": "*i8", "partial_ptr": "*fp32"}
-    types = {"type_ptr": "*i32"}
+    types = {"type_ptr": "*i32"} if typed else {}
+    numbers = {"M": "i32", "num_parts": "i32"}
+    no_types: dict[str, object] = {} if typed else {"type_ptr": None}
+    of_types = no_types | {"NUM_TYPES": 3, "DEFAULT_TYPE": 0}
+    found = dict.fromkeys(("rest_ptr", "largest_ptr", "sums_ptr"), "*fp32")
     for kernel, arguments, constants in (
-        (hopper_branch_few.coefficients_kernel, pointers, shared),
+        (hopper_branch_few.coefficients_kernel, pointers | numbers, shared),
+        (
+            hopper_branch_few.rest_kernel,
+            pointers | types | found | numbers,
+            shared | of_types | {"OWN_RANK": own_rank, "STEP": 0.01},
+        ),
         (
             hopper_branch_few.codes_kernel,
-            pointers
-            | (types if typed else {})
-            | dict.fromkeys(("clip_ptr", "rest_ptr", "scale_ptr"), "*fp32")
-            | {"counter_ptr": "*i32", "codes_ptr": "*i8", "coefficients_ptr": "*bf16"},
-            ({} if typed else dict.fromkeys(types))
-            | shared
+            found
+            | types
+            | dict.fromkeys(("clip_ptr", "scale_ptr"), "*fp32")
+            | {"codes_ptr": "*i8", "coefficients_ptr": "*bf16"},
+            of_types
             | {
+                "K": num_features,
                 "WIDTH": branch_width(rank),
-                "OWN_RANK": own_rank,
-                "NUM_TYPES": 3,
-                "DEFAULT_TYPE": 0,
                 "QMAX": qmax,
-                "STEP": 0.01,
-                "PARTS": 1 << (num_features // tile.block_k - 1).bit_length(),
+                "NUM_TILES": num_tiles,
+                "TILES": 1 << (num_tiles - 1).bit_length(),
                 "CHUNK": tile.chunk,
+                "BLOCK_R": tile.block_r,
+                "num_warps": tile.num_warps,
             },
         ),
     ):
@@ -309,7 +319,8 @@ def test_hopper_branch_of_few_tokens(
         assert compiled.local_bytes == 0
         # What does not depend on the kernel before is asked for before that one is done.
         before = compiled.ptx.index("griddepcontrol.wait")
-        assert "ld.global" in compiled.ptx[:before]
+        assert ("ld.global" in compiled.ptx[:before]) == ("columns_ptr" in arguments)
+        assert bool(re.search(r"mma\.sync\S*\.bf16\.bf16\.", compiled.ptx)) == ("columns_ptr" in arguments)
 
 
 @pytest.mark.parametrize("qmax", [7, 448])
