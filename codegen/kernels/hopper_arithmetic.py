@@ -39,33 +39,6 @@ def to_fp32(x):
 
 
 @gluon.jit
-def bf16_of_int8(codes):
-    """Exact, and three times as fast as the chip's conversion: what stands behind 2^23 is an integer."""
-    # 2^23 + 128; an fp32 of eight bits is a bf16 in its upper half.
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .b32 unsigned, a, b, c, d;
-        xor.b32 unsigned, $2, 0x80808080;
-        prmt.b32 a, unsigned, 0x4B000000, 0x7440;
-        prmt.b32 b, unsigned, 0x4B000000, 0x7441;
-        prmt.b32 c, unsigned, 0x4B000000, 0x7442;
-        prmt.b32 d, unsigned, 0x4B000000, 0x7443;
-        sub.rn.f32 a, a, 0f4B000080;
-        sub.rn.f32 b, b, 0f4B000080;
-        sub.rn.f32 c, c, 0f4B000080;
-        sub.rn.f32 d, d, 0f4B000080;
-        prmt.b32 $0, a, b, 0x7632;
-        prmt.b32 $1, c, d, 0x7632;
-        }""",
-        "=r,=r,r",
-        [codes],
-        dtype=gl.bfloat16,
-        is_pure=True,
-        pack=4,
-    )
-
-
-@gluon.jit
 def minus(one, other):
     return gl.inline_asm_elementwise(
         "sub.rn.bf16x2 $0, $1, $2;", "=r,r,r", [one, other], dtype=gl.bfloat16, is_pure=True, pack=2

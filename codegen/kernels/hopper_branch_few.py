@@ -22,7 +22,6 @@ from freeact_fx.codegen.tiles import branch_width, few_tokens_tile
 from freeact_fx.reference import column_step
 
 from .hopper_arithmetic import (
-    bf16_of_int8,
     larger,
     larger_magnitude,
     reciprocal,
@@ -62,7 +61,7 @@ def columns_of_tile(
     pair = first - is_odd * (K // 2) + gl.arange(0, BLOCK_K, gl.SliceLayout(1, layout))
     r = gl.arange(0, BLOCK_R, gl.SliceLayout(0, layout))
     place = (2 * pair + is_odd)[:, None] * R + r[None, :]
-    return bf16_of_int8(gl.load(columns_ptr + place, (r < R)[None, :], 0))
+    return gl.load(columns_ptr + place, (r < R)[None, :], 0).to(gl.bfloat16)
 
 
 @gluon.jit
