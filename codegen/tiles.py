@@ -366,7 +366,7 @@ def branch_tile(num_codes: int, rank: int) -> BranchTile | None:
 
 
 # At most so many tokens have programs that share their features.
-FEW_TOKENS = 256
+FEW_TOKENS = 1024
 
 
 @dataclass(frozen=True)
