@@ -18,7 +18,7 @@ def measured(
     copies: int = 1,
     hide_launches: bool = True,
 ) -> dict[str, Any]:
-    """Times of all columns and the kernels of each, or why there are none."""
+    """Times of all columns, the host's part and the kernels of each, or why there are none."""
     calls = {name: v.call for name, v in variants.items() if v.call is not None}
     timings = bench.time(calls, copies=copies, hide_launches=hide_launches)
     clocks = nvidia_smi(("clocks.sm", "clocks.mem", "power.draw")) if bench.on_gpu else {}
@@ -31,7 +31,8 @@ def measured(
         }
         columns[name] = {n: value for n, value in fields.items() if value is not None}
         if name in timings:
-            columns[name] |= vars(timings[name]) | {"kernels": bench.kernels(calls[name])}
+            columns[name] |= vars(timings[name]) | {"host_ms": bench.host_ms(calls[name])}
+            columns[name] |= bench.profiled(calls[name])
     return {"variants": columns, "copies": copies, "clocks_after": clocks}
 
 

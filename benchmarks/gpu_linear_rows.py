@@ -137,6 +137,7 @@ def plan_row(
     """The time of the first of two plans over that of the second; each with its config, and whether types are mixed."""
     dense = layer.dense(bench)
     inputs = layer.inputs(bench, len(dense.blocks))
+    bench.keep_address(*inputs)
     expected, mixed = dense(*inputs), _types(bench, layer.num_tokens, "mixed")
     variants = {
         name: compiled_linears(

@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,8 +157,23 @@ class Bench:
         return {name: _timing_of(values) for name, values in times.items()}
 
     @torch.no_grad()
-    def kernels(self, call: Call) -> list[dict[str, Any]]:
-        """Kernels of one call by name, with count and device time, the longest first; on the CPU its ops."""
+    def host_ms(self, call: Call) -> float:
+        """Until a call has issued its work to an idle device; median."""
+        times = []
+        for _ in range(7):
+            if self.on_gpu:
+                torch.cuda.synchronize()
+            _next_step()
+            start = time.perf_counter()
+            call()
+            times.append(1e3 * (time.perf_counter() - start))
+        return round(statistics.median(times), 4)
+
+    @torch.no_grad()
+    def profiled(self, call: Call) -> dict[str, Any]:
+        """Kernels of one call by name, with count and device time, the longest first; on the CPU its ops. A kernel that
+        waits for the one before it counts that as its time; ``device_ms`` is the time with any of them on the device.
+        """
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.on_gpu:
             activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -170,14 +185,19 @@ class Bench:
                 torch.cuda.synchronize()
         kind = DeviceType.CUDA if self.on_gpu else DeviceType.CPU
         found: dict[str, list[float]] = defaultdict(list)
+        ranges = []
         for event in profile.events():
             is_range = getattr(event, "is_user_annotation", False)
             if event.device_type == kind and not is_range:
                 found[event.name[:160]].append(event.time_range.elapsed_us())
+                ranges.append((event.time_range.start, event.time_range.end))
         rows = [
             {"name": name, "count": len(us), "us": round(sum(us), 1)} for name, us in found.items()
         ]
-        return sorted(rows, key=lambda row: -row["us"])
+        return {
+            "kernels": sorted(rows, key=lambda row: -row["us"]),
+            "device_ms": round(covered(ranges) / 1e3, 4),
+        }
 
     # ---------------------------------------------------------------- ceilings
 
@@ -242,6 +262,15 @@ def _next_step() -> None:
 def _timing_of(times_ms: list[float]) -> Timing:
     lower, median, upper = statistics.quantiles(times_ms, n=4)
     return Timing(median, lower, upper, len(times_ms))
+
+
+def covered(ranges: Sequence[tuple[float, float]]) -> float:
+    """The length of what ranges cover together."""
+    total, reached = 0.0, -float("inf")
+    for start, end in sorted(ranges):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 def _divided(t: Timing, copies: int) -> Timing:

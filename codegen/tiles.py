@@ -371,7 +371,7 @@ FEW_TOKENS = 1024
 
 @dataclass(frozen=True)
 class FewTokensTile:
-    """A program's tokens, features and columns of a branch: [block_m, block_k] and [block_k, block_r]; codes are made of
+    """A program's tokens [block_m, block_k] and columns of a branch [block_k, block_r]; one that makes codes has
     ``chunk`` features of a token."""
 
     num_codes: int

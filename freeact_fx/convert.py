@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -51,9 +51,28 @@ class GroupTransformModule(_FixedDtype):
             self.register_buffer(name, getattr(transform, name))
         self.plan = transform.plan
         self.num_features = transform.num_features
-        self.widths = list(transform.widths)
-        self.slice_of_type = list(transform.slice_of_type)
+        # As text: where a module has a list, or a property is read, Dynamo goes through all of its guards at each call.
+        self.widths_text = _as_text(transform.widths)
+        self.slice_of_type_text = _as_text(transform.slice_of_type)
         self.own_rank = transform.own_rank
+
+    @property
+    def widths(self) -> list[int]:
+        """As in ``GroupTransform``."""
+        return _from_text(self.widths_text)
+
+    @property
+    def slice_of_type(self) -> list[int]:
+        """As in ``GroupTransform``."""
+        return _from_text(self.slice_of_type_text)
+
+
+def _as_text(numbers: Iterable[int]) -> str:
+    return " ".join(map(str, numbers))
+
+
+def _from_text(text: str) -> list[int]:
+    return [int(number) for number in text.split()]
 
 
 class FreeActLinear(_FixedDtype):
@@ -102,8 +121,8 @@ class FreeActLinear(_FixedDtype):
             self.bias_table,
             self.branch_weight,
             self.branch_scale,
-            t.widths,
-            t.slice_of_type,
+            _from_text(t.widths_text),
+            _from_text(t.slice_of_type_text),
             0,
             t.own_rank,
             self.qmax,

@@ -97,10 +97,11 @@ def column_step(num_codes: int) -> float:
 def branch_codes(columns: Tensor) -> Tensor:
     """Round the columns of a branch [K', R], about unit vectors, to int8 codes in [-127, 127] of one constant step.
 
+    Contiguous, as kernels read them: decompositions give columns one after the other, which each call would copy.
     Why no scale by column: the weight side makes up for whatever the columns are (``GroupTransform.split_branch``).
     """
     grid = columns / column_step(columns.shape[0])
-    return grid.round().clamp(-127, 127).to(torch.int8)
+    return grid.round().clamp(-127, 127).to(torch.int8).contiguous()
 
 
 def branch_columns(lowrank: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from tiny_model import GROUPS, LINEARS, MASK, TinyModel, masked_ids, relative, tiny_model
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 
 import freeact_fx
 from freeact_fx import Checkpoint, ConfigError, FreeActLinear, QuantConfig, TokenTypes
@@ -478,3 +479,19 @@ def test_groups_that_treat_types_alike(calibrated: Checkpoint, tmp_path: Path) -
         assert relative(run(model, ids), want) < 1e-5
     without_inductor = {"bypass": ("lowering",)}
     assert freeact_fx.verify(tiny_model(), ids, checkpoint=alike, options=without_inductor).ok
+
+
+def test_calls_do_not_go_through_the_guards_of_each_tensor() -> None:
+    """Dynamo skips what is below a module whose dictionaries have not changed, if all there are of a kind that cannot
+    change otherwise. A list in one of ours, and each call checks some 40 tensors for each layer of a model."""
+    model = tiny_model()
+    freeact_fx.convert(model)
+    with torch._dynamo.config.patch(use_recursive_dict_tags_for_guards=True), torch.no_grad():
+        torch.compile(model, backend="freeact")(masked_ids())
+    (entry,) = _debug_get_cache_entry_list(type(model).forward.__code__)
+    lines = str(entry.guard_manager).splitlines()
+    ours = [
+        line for line in lines if re.search(r"GuardManager: .*<class 'freeact_fx\.convert", line)
+    ]
+    assert len(ours) >= len(LINEARS)
+    assert not [line for line in ours if "tag_safe=(True" not in line]

@@ -19,7 +19,7 @@ from gpu_layers import SLICED, TWO_TYPES, typed_transform
 from gpu_peers import FP8, INDUCTOR, INT8, MAX_AUTOTUNE, TORCHAO_INT4, TORCHAO_INT8, peers
 from gpu_rows import KEYS, Row, Sizes, all_rows
 from gpu_table import TableError, add_row, chosen_rows, describe, open_table
-from gpu_timing import Bench, brief, sources_digest
+from gpu_timing import Bench, brief, covered, sources_digest
 from measure import RESULTS
 from torch import nn
 
@@ -77,6 +77,8 @@ def test_linear_is_timed_compiled_beside_its_peers(rehearsed: tuple[Path, dict[s
         assert (
             0 < columns[name]["lower_ms"] <= columns[name]["median_ms"] <= columns[name]["upper_ms"]
         )
+        assert columns[name]["device_ms"] > 0
+        assert columns[name]["host_ms"] > 0
     assert "torchao" in columns[TORCHAO_INT8].get("error", "torchao")
     assert row["value"] == columns[INDUCTOR]["median_ms"] / columns["W4A4"]["median_ms"]
     counts = {k["name"]: k["count"] for k in columns["W4A4"]["kernels"]}
@@ -327,6 +329,11 @@ def test_torchao_quantises_all_but_the_head(
         assert columns[column].error is None
         assert columns[column].error_to_bf16 > 0
         assert torch.equal(dense(x), want)
+
+
+def test_kernels_at_a_time_count_once() -> None:
+    assert covered([(5.0, 6.0), (0.0, 2.0), (1.0, 1.5), (1.5, 3.0)]) == 4.0
+    assert covered([]) == 0
 
 
 def test_digest_of_sources_is_that_of_the_package_wherever_it_is(tmp_path: Path) -> None:

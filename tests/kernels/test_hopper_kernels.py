@@ -277,7 +277,7 @@ def test_branch(
     num_rows = 3 if own_rank == 0 else rank // own_rank + 1
     operands = (
         z,
-        branch_codes(columns).contiguous(),
+        branch_codes(columns),
         torch.randint(-1, num_rows, (70,)) if order == "mixed" else None,
         0.5 + 0.5 * torch.rand(num_rows),
         1,
@@ -300,7 +300,7 @@ def test_what_is_not_finite_in_a_branch_poisons_its_own_token(
     monkeypatch.setattr(hopper_branch_quantize, "FEW_TOKENS", few_tokens)
     z = torch.randn(4, 4096).bfloat16()
     z[1], z[2] = torch.nan, torch.inf
-    columns = branch_codes(torch.linalg.qr(torch.randn(4096, 8))[0]).contiguous()
+    columns = branch_codes(torch.linalg.qr(torch.randn(4096, 8))[0])
     _, scale, _ = hopper_branch_quantize.hopper_branch_quantize(
         z, columns, None, torch.ones(1), 0, 0, 7
     )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from gated_block import Block
+from torch import nn
 
 import freeact_fx
 from freeact_fx import QuantConfig, TokenTypes, reference
@@ -85,3 +86,26 @@ def test_a_checkpoint_made_on_the_cpu(plan: str, tmp_path: Path) -> None:
     assert int(difference.max()) <= 1
     assert float((difference != 0).float().mean()) <= 0.02
     assert torch.allclose(got[1].cpu(), scale, rtol=0.01)
+
+
+def test_no_types_are_filled_once() -> None:
+    """Where nobody says which types there are, no kernel of a later call writes so."""
+    types = TokenTypes.explicit("plain", "marked")
+    model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512)).eval()
+    model = model.to(GPU, torch.bfloat16)
+    options = {"token_types": types, "strict": True}
+    fast = torch.compile(model, backend="freeact", options=options)
+    x, given = torch.randn(2, 8, 512, device=GPU).bfloat16(), torch.ones(2, 8, device=GPU).int()
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match="are not known"):
+            want = fast(x)
+        with freeact_fx.token_types(given):
+            fast(x)
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+            got = fast(x)
+            torch.cuda.synchronize()
+    names = [event.name for event in profile.events()]
+    assert names
+    assert not any("FillFunctor" in name for name in names)
+    assert torch.equal(got, want)

@@ -22,7 +22,7 @@ from prologue_bound import exact_row
 from random_codes import codes_of_slices, random_codes
 from random_prologues import random_prologue
 from random_transforms import random_transform
-from torch import Tensor, nn
+from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 from transform_bound import codes_of
 from transformed_on import transformed_on
@@ -114,29 +114,6 @@ def test_e4m3_sums_that_the_kernel_adds_itself(
     weight = pack_int4(weight_i4).to(GPU)
     product = engine_ops.engine_int_mm(to_engine_order(codes.to(E4M3)), weight)
     assert torch.equal(product.double(), codes.double() @ weight_i4.to(GPU).double().t())
-
-
-def test_no_types_are_filled_once() -> None:
-    """Where nobody says which types there are, no kernel of a later call writes so."""
-    types = TokenTypes.explicit("plain", "marked")
-    model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512)).eval()
-    model = model.to(GPU, torch.bfloat16)
-    options = {"token_types": types, "strict": True}
-    fast = torch.compile(model, backend="freeact", options=options)
-    x, given = torch.randn(2, 8, 512, device=GPU).bfloat16(), torch.ones(2, 8, device=GPU).int()
-    with torch.no_grad():
-        with pytest.warns(UserWarning, match="are not known"):
-            want = fast(x)
-        with freeact_fx.token_types(given):
-            fast(x)
-        activities = [torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities, acc_events=True) as profile:
-            got = fast(x)
-            torch.cuda.synchronize()
-    names = [event.name for event in profile.events()]
-    assert names
-    assert not any("FillFunctor" in name for name in names)
-    assert torch.equal(got, want)
 
 
 # ------------------------------------------------------------------ more than 2^31 elements

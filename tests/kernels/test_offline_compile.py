@@ -320,7 +320,9 @@ def test_hopper_branch_of_few_tokens(
         # What does not depend on the kernel before is asked for before that one is done.
         before = compiled.ptx.index("griddepcontrol.wait")
         assert ("ld.global" in compiled.ptx[:before]) == ("columns_ptr" in arguments)
-        assert bool(re.search(r"mma\.sync\S*\.bf16\.bf16\.", compiled.ptx)) == ("columns_ptr" in arguments)
+        assert bool(re.search(r"mma\.sync\S*\.bf16\.bf16\.", compiled.ptx)) == (
+            "columns_ptr" in arguments
+        )
 
 
 @pytest.mark.parametrize("qmax", [7, 448])

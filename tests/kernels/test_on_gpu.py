@@ -307,7 +307,7 @@ def test_linears_side_by_side(num_tokens: int) -> None:
 
     def side_by_side() -> list[Tensor]:
         columns: list[list[Tensor]] = [list(column) for column in zip(*linears, strict=True)]
-        outputs = engine_ops.engine_linears(*transformed(x), *columns, *static, None, [])
+        outputs = engine_ops.engine_linears(*transformed(x), *columns, *static, None, [], [])
         return [*outputs, *transformed(outputs[0]), *transformed(outputs[2])]
 
     want = one_after_the_other()
