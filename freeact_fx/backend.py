@@ -223,7 +223,7 @@ def _place(
         locate(linear.bias),
         linear.transposed,
         transform,
-        None if weight is None else weight.dtype,
+        weight.dtype if weight is not None and weight.is_floating_point() else None,
     )
 
 

@@ -8,6 +8,7 @@ names, transforms and packed weights are those of the layer that is running. Whe
 
 from __future__ import annotations
 
+import operator
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ class LinearPlace:
     """Where a Linear's parameters are among the arguments of a graph (or the parameters themselves).
 
     transform  what the graph was built for, if it is a dense Linear that was replaced
-    dtype      of the weight when the graph was compiled, if it is a parameter
+    dtype      of the weight when the graph was compiled, if it is a dense parameter
     """
 
     weight: int | Tensor | None
@@ -64,10 +65,7 @@ class Binding:
     problem: str | None = None
 
     def is_of(self, weights: Sequence[Tensor]) -> bool:
-        return all(
-            ref is None or ref() is weight
-            for ref, weight in zip(self.weights, weights, strict=True)
-        )
+        return all(map(operator.is_, [ref and ref() for ref in self.weights], weights))
 
 
 @dataclass
@@ -87,8 +85,14 @@ class Bindings:
     quiet: bool = False
     _known: dict[tuple[int, ...], Binding] = field(default_factory=dict, init=False)
 
+    def __post_init__(self) -> None:
+        """What each call needs, so that one step of a large converted model does not wait for Python."""
+        places = list(enumerate(self.places))
+        self._dense = [(i, place) for i, place in places if place.transform or place.dtype]
+        self._weights = [place.weight for place in self.places]
+
     def of(self, args: Sequence[Any]) -> Binding:
-        weights = [place.parameters(args)[0] for place in self.places]
+        weights: list[Any] = [args[w] if isinstance(w, int) else w for w in self._weights]
         key = tuple(map(id, weights))
         binding = self._known.get(key)
         if binding is None or not binding.is_of(weights):
@@ -99,14 +103,13 @@ class Bindings:
         self, binding: Binding, args: Sequence[Any]
     ) -> list[tuple[GroupTransform, PackedLinear] | Reason | None]:
         """Transform and packed weight of every dense Linear that was replaced, or why there are none."""
-        for place, name in zip(self.places, binding.names, strict=True):
-            _check_dtype(name, place, place.parameters(args)[0])
-        return [
-            None
-            if place.transform is None
-            else self.packer.pack(name, *place.parameters(args), transposed=place.transposed)
-            for place, name in zip(self.places, binding.names, strict=True)
-        ]
+        found: list[tuple[GroupTransform, PackedLinear] | Reason | None] = [None] * len(self.places)
+        for index, place in self._dense:
+            (weight, bias), name = place.parameters(args), binding.names[index]
+            _check_dtype(name, place, weight)
+            if place.transform is not None:
+                found[index] = self.packer.pack(name, weight, bias, transposed=place.transposed)
+        return found
 
     def _bind(self, weights: list[Tensor], args: Sequence[Any]) -> Binding:
         refs: list[weakref.ref[Tensor] | None] = [
