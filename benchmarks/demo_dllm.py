@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from calibrated import DLLM_CONFIG, dllm_checkpoint
 from evaluation import denoise_step, mask_tokens, score_masked_tokens, text_windows
-from measure import environment, time_interleaved
+from measure import RESULTS, append_result, environment, time_interleaved
 from presentation import (
     complete_report,
     heading,
@@ -140,6 +140,7 @@ def main() -> None:
     )
     parser.add_argument("--mask-ratio", type=float, default=0.3, help="for the scores")
     parser.add_argument("--steps", type=int, default=12, help="denoising steps per passage")
+    parser.add_argument("--write", action="store_true", help="append to benchmarks/results/")
     args = parser.parse_args()
 
     paragraph(ABOUT)
@@ -171,6 +172,7 @@ def main() -> None:
 
     heading(f"Masked tokens, mask ratio {args.mask_ratio}: NLL / accuracy")
     rows = [["", *models]]
+    found = {}
     for text, name in (("WikiText-2 test", "wiki"), ("GSM8K test", "gsm")):
         windows = text_windows("evals", name, args.windows, LENGTH)
         scores = [
@@ -178,6 +180,10 @@ def main() -> None:
             for label, model in models.items()
         ]
         rows.append([text, *(f"{s.nll:.3f} / {s.accuracy:.3f}" for s in scores)])
+        found[text] = {
+            label: {"nll": round(s.nll, 4), "accuracy": round(s.accuracy, 4)}
+            for label, s in zip(models, scores, strict=True)
+        }
         se = scores[0].accuracy_se
         print(f"{text}: {scores[0].num_scored} masked tokens, standard error of accuracy {se:.3f}")
     print(table(rows))
@@ -197,6 +203,16 @@ def main() -> None:
     for name, timing in timings.items():
         print(f"{name:6} {timing}")
     print(f"{timings['float'].median_ms / timings['W4A4'].median_ms:.2f} times as fast")
+    if args.write:
+        append_result(
+            RESULTS / "demo_dllm.jsonl",
+            setting="default" if args.thorough else "quick",
+            calibration_windows=args.calibration_windows,
+            windows=args.windows,
+            mask_ratio=args.mask_ratio,
+            scores=found,
+            timings={name: vars(timing) for name, timing in timings.items()},
+        )
 
 
 if __name__ == "__main__":
