@@ -495,3 +495,15 @@ def test_calls_do_not_go_through_the_guards_of_each_tensor() -> None:
     ]
     assert len(ours) >= len(LINEARS)
     assert not [line for line in ours if "tag_safe=(True" not in line]
+
+
+def test_guards_of_modules_can_be_left_out() -> None:
+    """As ``docs/gpu.md`` says; torch.compile takes that option for itself."""
+    model, ids = tiny_model(), masked_ids()
+    freeact_fx.convert(model)
+    want = run(compiled(model), ids)
+    torch._dynamo.reset()
+    unguarded = compiled(model, guard_filter_fn=torch.compiler.skip_guard_on_all_nn_modules_unsafe)
+    assert torch.equal(run(unguarded, ids), want)
+    (entry,) = _debug_get_cache_entry_list(type(model).forward.__code__)
+    assert "freeact_fx.convert.FreeActLinear" not in str(entry.guard_manager)

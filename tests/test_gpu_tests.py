@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
+from pathlib import Path
 
 from gpu_tests import SANITIZED, command, counts
 
@@ -30,3 +33,18 @@ def test_commands() -> None:
     assert watched[:3] == ["compute-sanitizer", "--tool", "racecheck"]
     assert watched[watched.index("-k") + 1] == SANITIZED
     assert "-n" not in watched
+
+
+def test_there_are_tests_of_all_names_that_the_sanitizers_watch() -> None:
+    """Names have the numbers of tokens in them, and those the bounds between kernels."""
+    folder = Path(__file__).parent
+    collected = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "kernels"],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        check=True,
+    ).stdout.splitlines()
+    for names in SANITIZED.split(" or "):
+        wanted = names.strip(" ()").split(" and ")
+        assert any(all(part in line for part in wanted) for line in collected), names
