@@ -57,14 +57,14 @@ class GroupTransformModule(_FixedDtype):
         self.own_rank = transform.own_rank
 
     @property
-    def widths(self) -> list[int]:
+    def widths(self) -> tuple[int, ...]:
         """As in ``GroupTransform``."""
-        return _from_text(self.widths_text)
+        return tuple(_from_text(self.widths_text))
 
     @property
-    def slice_of_type(self) -> list[int]:
+    def slice_of_type(self) -> tuple[int, ...]:
         """As in ``GroupTransform``."""
-        return _from_text(self.slice_of_type_text)
+        return tuple(_from_text(self.slice_of_type_text))
 
 
 def _as_text(numbers: Iterable[int]) -> str:

@@ -63,8 +63,8 @@ def _transform(module: GroupTransformModule) -> GroupTransform:
     return GroupTransform(
         plan=module.plan,
         **dict(module.named_buffers()),
-        widths=tuple(module.widths),
-        slice_of_type=tuple(module.slice_of_type),
+        widths=module.widths,
+        slice_of_type=module.slice_of_type,
         own_rank=module.own_rank,
     )
 

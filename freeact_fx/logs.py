@@ -147,7 +147,7 @@ def _row_text(row: LinearReport) -> str:
     if not row.quantized:
         return f"{shape}: {row.precision}, left alone: {row.reason}"
     return (
-        f"{shape}: {row.precision}, plan {row.plan}, group of {row.group}, "
+        f"{shape}: {row.precision}, plan {row.plan_text}, group of {row.group}, "
         f"{row.state}: {row.type_source}"
     )
 

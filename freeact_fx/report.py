@@ -44,6 +44,7 @@ class LinearReport:
     state            "typed", "default" or "refused" (types lost or in conflict); "" if it is left alone
     type_source      how the types of its tokens are known, one readable chain
     plan             transform plan, "" if it is left alone
+    types_alike      its transform has the same rows for tokens of all types (``QuantConfig.plan="auto"``)
     engine           what computes the integer product, "" if it is left alone
     kernel           the kernel, or the parts that the compiler fuses
     precision        what it runs in: "W4A4", or the dtype it kept
@@ -66,6 +67,7 @@ class LinearReport:
     state: str = ""
     type_source: str = ""
     plan: str = ""
+    types_alike: bool = False
     engine: str = ""
     kernel: str = ""
     precision: str = ""
@@ -83,6 +85,12 @@ class LinearReport:
     @property
     def quantized(self) -> bool:
         return self.reason is None
+
+    @property
+    def plan_text(self) -> str:
+        """The plan, and whether it treats types alike, which "single" does by its nature."""
+        says_more = self.types_alike and self.plan != "single"
+        return f"{self.plan}, types alike" if says_more else self.plan
 
 
 @dataclass

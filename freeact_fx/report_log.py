@@ -28,7 +28,7 @@ from .passes.node_facts import (
 from .passes.roots import is_own
 from .reasons import Reason, reason
 from .report import GraphReport, GroupReport, LinearReport
-from .transform import GroupTransform, PackedLinear
+from .transform import GroupTransform, PackedLinear, treats_types_alike
 
 # Rules whose Linears the user left out himself, or that the defaults leave out.
 _EXPECTED = ("skipped", "tied", "tower")
@@ -188,6 +188,8 @@ def _row(
         return _left_alone(row, linear.refusal)
     device = value_of(linear.x).device
     row.engine, row.kernel = engine_of(device, config)
+    num_rows = len(linear.operands["slice_of_type"]) if transform is None else transform.num_rows
+    row.types_alike = treats_types_alike(num_rows, config.num_types)
     if linear.converted:
         operands = (linear.operands[f.name] for f in fields(PackedLinear))
         tensors = [value_of(node) for node in operands if isinstance(node, Node)]
@@ -210,6 +212,7 @@ def _left_alone(row: LinearReport, why: str) -> LinearReport:
         row,
         state="",
         plan="",
+        types_alike=False,
         group="",
         engine="",
         kernel="",

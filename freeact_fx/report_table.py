@@ -37,7 +37,8 @@ def folded(linears: Sequence[LinearReport]) -> list[Fold]:
     """Put together the Linears whose names differ in numbers only and whose facts are equal, in model order."""
     groups: dict[Any, list[LinearReport]] = {}
     for r in linears:
-        said = (r.shape, r.kind, r.precision, r.plan, r.engine, r.state, r.type_source, r.reason)
+        plan = r.plan_text
+        said = (r.shape, r.kind, r.precision, plan, r.engine, r.state, r.type_source, r.reason)
         groups.setdefault((_template(r.name), said), []).append(r)
     folds = [fold for members in groups.values() for fold in _fold(members)]
     position = {id(r): i for i, r in enumerate(linears)}
@@ -112,7 +113,7 @@ def sections(report: Report) -> list[Section]:
             title = f"{r.state}: {r.type_source}" if r.quantized else f"left alone: {r.reason}"
             titles = [title, *([f"  way out: {r.way_out}"] if r.way_out else [])]
             found[key] = Section(titles, _STYLES.get(r.state, ""), [])
-        row = (fold.label, _shape(r), r.precision, r.plan or "-", _worst_error(fold.linears))
+        row = (fold.label, _shape(r), r.precision, r.plan_text or "-", _worst_error(fold.linears))
         found[key].rows.append(row)
     return list(found.values())
 

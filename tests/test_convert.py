@@ -471,12 +471,19 @@ def test_groups_that_treat_types_alike(calibrated: Checkpoint, tmp_path: Path) -
     assert not any(group.is_typed for group in alike.groups.values())
     ids = masked_ids(seed=5)
     want = run(compiled(tiny_model(), checkpoint=typed), ids)
-    assert torch.equal(run(compiled(tiny_model(), checkpoint=alike), ids), want)
+    fast = compiled(tiny_model(), checkpoint=alike)
+    assert torch.equal(run(fast, ids), want)
+    report = freeact_fx.explain(fast)
+    assert {(row.plan, row.types_alike) for row in report.quantized} == {("shift", True)}
+    assert "shift, types alike" in str(report)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = tiny_model()
         freeact_fx.convert(model, alike)
         assert relative(run(model, ids), want) < 1e-5
+    fast = compiled(model)
+    run(fast, ids)
+    assert all(row.types_alike for row in freeact_fx.explain(fast).quantized)
     without_inductor = {"bypass": ("lowering",)}
     assert freeact_fx.verify(tiny_model(), ids, checkpoint=alike, options=without_inductor).ok
 

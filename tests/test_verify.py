@@ -273,7 +273,7 @@ def test_wrong_slices(plan: str) -> None:
     converted = copy.deepcopy(model)
     freeact_fx.convert(converted, checkpoint)
     own_transform: Any = converted.up.transform
-    own_transform.slice_of_type[:2] = [1, 0]
+    own_transform.slice_of_type_text = " ".join(map(str, (1, 0, *slices[2:])))
     result = verify(converted, ids, checkpoint=checkpoint)
     assert [f.place for f in result.findings] == ["up"]
     assert "slice_of_type of its transform must be (0, 1" in str(result.findings[0])

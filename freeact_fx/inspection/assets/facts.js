@@ -17,6 +17,7 @@ const FIELDS = {
   kind: ["kind", String],
   shape: ["shape [N, K]", (shape) => `${number(shape[0])} × ${number(shape[1])}`],
   plan: ["plan", String],
+  types_alike: ["all types alike", (alike) => (alike ? "yes" : "no")],
   engine: ["engine", String],
   kernel: ["kernel", String],
   precision: ["precision", String],
