@@ -2,10 +2,10 @@
 
 Coefficients ``c = z U`` take all of a token, its grid all of ``z - c U^T``, and neither fits a multiprocessor for as
 many tokens as tensor cores want. So a program goes three times over its tokens' z, which comes out of the L2 cache as
-far as it is still there: for c, for the largest magnitude, and for the codes: forwards, backwards, and forwards again. z and the rows of U arrive
-by the copy engine in chunks, each in the place of its number modulo the places there are; so the last ones of one time
-over are the first of the next, and still there. A place is filled in turn by chunks of even and of odd ``chunk //
-STAGES``, which is the phase of its barrier.
+far as it is still there: for c, for the largest magnitude, and for the codes: forwards, backwards, and forwards again.
+z and the rows of U arrive by the copy engine in chunks, each in the place of its number modulo the places there are; so
+the last ones of one time over are the first of the next, and still there. A place is filled in turn by chunks of even
+and of odd ``chunk // STAGES``, which is the phase of its barrier.
 
 U is int8 codes of one constant step (``reference.branch_codes``), which bf16 holds exactly. z is rounded to bf16, and
 so is c before it is multiplied, as ``branch_product`` will: 2^-9 of the token or of its part in the branch, not of
