@@ -132,11 +132,7 @@ class Bench:
         # Warm up until the clocks are up, too.
         while rounds < 3 or time.perf_counter() - start_s < 0.5:
             for name, call in variants.items():
-                torch.cuda.synchronize()
-                _next_step()
-                start = time.perf_counter()
-                call()
-                issue_s[name] = time.perf_counter() - start
+                issue_s[name] = self._issued_s(call)
             torch.cuda.synchronize()
             rounds += 1
         a_round_s = (time.perf_counter() - start_s) / rounds
@@ -159,15 +155,15 @@ class Bench:
     @torch.no_grad()
     def host_ms(self, call: Call) -> float:
         """Until a call has issued its work to an idle device; median."""
-        times = []
-        for _ in range(7):
-            if self.on_gpu:
-                torch.cuda.synchronize()
-            _next_step()
-            start = time.perf_counter()
-            call()
-            times.append(1e3 * (time.perf_counter() - start))
-        return round(statistics.median(times), 4)
+        return round(1e3 * statistics.median(self._issued_s(call) for _ in range(7)), 4)
+
+    def _issued_s(self, call: Call) -> float:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        _next_step()
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
 
     @torch.no_grad()
     def profiled(self, call: Call) -> dict[str, Any]:

@@ -381,9 +381,8 @@ class FewTokensTile:
     block_m: int = 16
     num_warps: int = 8
 
-    def num_parts(self, num_tokens: int) -> int:
-        """Programs among which to divide the sums of a tile of tokens: all add up what these have found."""
-        tiles_m = -(-num_tokens // self.block_m)
+    def num_parts(self, tiles_m: int) -> int:
+        """Programs for the sums of each of so many tiles of tokens: all add up what these have found."""
         return max(1, min(128 // tiles_m, self.num_codes // (2 * self.block_k)))
 
 

@@ -87,8 +87,7 @@ class Bindings:
 
     def __post_init__(self) -> None:
         """What each call needs, so that one step of a large converted model does not wait for Python."""
-        places = list(enumerate(self.places))
-        self._dense = [(i, place) for i, place in places if place.transform or place.dtype]
+        self._dense = [(i, p) for i, p in enumerate(self.places) if p.transform or p.dtype]
         self._weights = [place.weight for place in self.places]
 
     def of(self, args: Sequence[Any]) -> Binding:

@@ -188,19 +188,20 @@ def _row(
         return _left_alone(row, linear.refusal)
     device = value_of(linear.x).device
     row.engine, row.kernel = engine_of(device, config)
-    num_rows = len(linear.operands["slice_of_type"]) if transform is None else transform.num_rows
-    row.types_alike = treats_types_alike(num_rows, config.num_types)
     if linear.converted:
         operands = (linear.operands[f.name] for f in fields(PackedLinear))
         tensors = [value_of(node) for node in operands if isinstance(node, Node)]
         num_codes = sum(linear.operands["widths"]) * int(
             value_of(linear.operands["right"]).shape[-1]
         )
+        num_rows = len(linear.operands["slice_of_type"])
     else:
         assert transform is not None, "insert keeps the transform of what it replaces"
         with torch.device("meta"):
             packed = empty_packed(transform, shape[0], linear.bias is not None, config)
-        tensors, num_codes = list(packed.tensors().values()), transform.num_codes
+        tensors = list(packed.tensors().values())
+        num_codes, num_rows = transform.num_codes, transform.num_rows
+    row.types_alike = treats_types_alike(num_rows, config.num_types)
     row.packed_bytes = sum(t.numel() * t.element_size() for t in tensors)
     if row.engine.startswith("onednn"):
         row.engine_bytes = shape[0] * num_codes

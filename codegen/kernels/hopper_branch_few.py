@@ -21,13 +21,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from freeact_fx.codegen.tiles import branch_width, few_tokens_tile
 from freeact_fx.reference import column_step
 
-from .hopper_arithmetic import (
-    larger,
-    larger_magnitude,
-    reciprocal,
-    to_e4m3,
-    to_int4,
-)
+from .hopper_arithmetic import larger, larger_magnitude, reciprocal, to_e4m3, to_int4
 from .hopper_int_mm import types_of
 from .hopper_transform_quantize import SMALLEST, type_of
 from .launches import Launch
@@ -35,11 +29,17 @@ from .stream_order import allow_next_kernel, wait_for_previous_kernel
 
 
 @gluon.constexpr_function
-def product_layout(num_warps):
+def sums_layout(num_warps):
     """Sixteen tokens by columns that the warps share."""
     return gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[1, num_warps], instr_shape=[16, 8]
     )
+
+
+@gluon.constexpr_function
+def operand_layout(index, num_warps):
+    """Of the left (0) or the right (1) operand of such sums."""
+    return gl.DotOperandLayout(index, sums_layout(num_warps), k_width=2)
 
 
 @gluon.constexpr_function
@@ -51,9 +51,14 @@ def rows_layout(length, size, num_warps):
 
 @gluon.jit
 def columns_of_tile(
-    columns_ptr, tile, K: gl.constexpr, R: gl.constexpr, BLOCK_K: gl.constexpr,
-    BLOCK_R: gl.constexpr, num_warps: gl.constexpr,
-):  # fmt: skip
+    columns_ptr,
+    tile,
+    K: gl.constexpr,
+    R: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+    num_warps: gl.constexpr,
+):
     """The rows of U [BLOCK_K, BLOCK_R] of a tile of the features in engine order, the even ones before the odd ones."""
     layout: gl.constexpr = rows_layout(BLOCK_R, 16, num_warps)
     first = tile * BLOCK_K
@@ -85,9 +90,8 @@ def coefficients_kernel(
     num_warps: gl.constexpr,
 ):
     """What each part of the tokens' features adds to their coefficients, in codes of U."""
-    product: gl.constexpr = product_layout(num_warps)
-    left: gl.constexpr = gl.DotOperandLayout(0, product, k_width=2)
-    right: gl.constexpr = gl.DotOperandLayout(1, product, k_width=2)
+    left: gl.constexpr = operand_layout(0, num_warps)
+    right: gl.constexpr = operand_layout(1, num_warps)
     rows: gl.constexpr = rows_layout(BLOCK_K, 8, num_warps)
     outputs: gl.constexpr = rows_layout(BLOCK_R, 4, num_warps)
     allow_next_kernel()
@@ -98,7 +102,7 @@ def coefficients_kernel(
     wait_for_previous_kernel()
     m = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, rows))
     z = values_of_tile(z_ptr, m, part, M, K, BLOCK_K, rows)
-    c = gl.zeros((BLOCK_M, BLOCK_R), gl.float32, product)
+    c = gl.zeros((BLOCK_M, BLOCK_R), gl.float32, sums_layout(num_warps))
     c = mma_v2(gl.convert_layout(z, left), first_columns, c)
     for tile in range(part + num_parts, K // BLOCK_K, num_parts):
         columns = columns_of_tile(columns_ptr, tile, K, R, BLOCK_K, BLOCK_R, num_warps)
@@ -134,9 +138,8 @@ def rest_kernel(
 ):
     """``z - c U^T`` of a tile of features, and its largest magnitudes."""
     NUM_TILES: gl.constexpr = K // BLOCK_K
-    product: gl.constexpr = product_layout(num_warps)
-    left: gl.constexpr = gl.DotOperandLayout(0, product, k_width=2)
-    right: gl.constexpr = gl.DotOperandLayout(1, product, k_width=2)
+    left: gl.constexpr = operand_layout(0, num_warps)
+    right: gl.constexpr = operand_layout(1, num_warps)
     rows: gl.constexpr = rows_layout(BLOCK_K, 8, num_warps)
     inputs: gl.constexpr = rows_layout(BLOCK_R, 4, num_warps)
     allow_next_kernel()
@@ -155,7 +158,7 @@ def rest_kernel(
     for first in range(0, num_parts, 8):
         for i in gl.static_range(8):
             of_part = partial_ptr + (first + i) * (BLOCK_M * BLOCK_R) + place
-            # Not out of the L1 cache, which may hold values of a call before.
+            # Each is read once here: not by way of the L1 cache.
             c += gl.load(of_part, first + i < num_parts, 0.0, cache_modifier=".cg")
     c = c * STEP
     row_m = tile_m * BLOCK_M + row
@@ -167,7 +170,7 @@ def rest_kernel(
     if tile == 0:
         gl.store(sums_ptr + row_m[:, None] * BLOCK_R + r[None, :], c, (row_m < M)[:, None])
     multiplied = gl.convert_layout(c.to(gl.bfloat16), left)
-    of_branch = gl.zeros((BLOCK_M, BLOCK_K), gl.float32, product)
+    of_branch = gl.zeros((BLOCK_M, BLOCK_K), gl.float32, sums_layout(num_warps))
     of_branch = mma_v2(multiplied, columns, of_branch)
     rest = z.to(gl.float32) - STEP * gl.convert_layout(of_branch, rows)
     k = tile * BLOCK_K + gl.arange(0, BLOCK_K, gl.SliceLayout(0, rows))
@@ -238,7 +241,7 @@ def branch_quantize_few(
     (num_tokens, num_features), rank = z.shape, lowrank.shape[1]
     tile = few_tokens_tile(num_features, rank)
     tiles_m, num_tiles = -(-num_tokens // tile.block_m), num_features // tile.block_k
-    num_parts = tile.num_parts(num_tokens)
+    num_parts = tile.num_parts(tiles_m)
     empty = functools.partial(torch.empty, device=z.device)
     partial = empty(tiles_m * num_parts * tile.block_m * tile.block_r, dtype=torch.float32)
     rest = empty(num_tokens, num_features, dtype=torch.float32)
@@ -247,7 +250,7 @@ def branch_quantize_few(
     codes = empty(num_tokens, num_features, dtype=torch.int8)
     scale = empty(num_tokens, 1, dtype=torch.float32)
     coefficients = empty(num_tokens, branch_width(rank), dtype=torch.bfloat16)
-    add_up, take_away, make_codes = _launches_of(
+    add_up, take_away, make_codes = _launch_of(
         num_features, rank, own_rank, clip.shape[0], default_type, qmax
     )
     add_up(z.device, tiles_m * num_parts, z, lowrank, partial, num_tokens, num_parts)
@@ -280,7 +283,7 @@ def branch_quantize_few(
 
 
 @functools.cache
-def _launches_of(
+def _launch_of(
     num_features: int, rank: int, own_rank: int, num_types: int, default_type: int, qmax: int
 ) -> tuple[Launch, Launch, Launch]:
     tile = few_tokens_tile(num_features, rank)

@@ -410,11 +410,15 @@ def warp_specialize(partitions: Sequence[Any], num_warps: Any, num_registers: An
         raise _failed[0]
 
 
+def _check_product(a: Any, b: Any, acc: Any) -> None:
+    if a.dtype != b.dtype or acc.data.shape != (a.shape[0], b.shape[1]):
+        raise InterpreterError(f"{a.dtype}{a.shape} x {b.dtype}{b.shape} + {acc.data.shape}")
+
+
 def warpgroup_mma(
     a: Any, b: Shared, acc: Any, *, use_acc: Any = True, is_async: bool = False, **_: Any
 ) -> Any:
-    if a.dtype != b.dtype or acc.data.shape != (a.shape[0], b.shape[1]):
-        raise InterpreterError(f"{a.dtype}{a.shape} x {b.dtype}{b.shape} + {acc.data.shape}")
+    _check_product(a, b, acc)
     for operand in (a, b):
         if isinstance(operand, Shared):
             _accesses.multiply(operand.place)
@@ -431,8 +435,7 @@ def warpgroup_mma(
 
 
 def mma_v2(a: Value, b: Value, acc: Value) -> Value:
-    if a.dtype != b.dtype or acc.data.shape != (a.shape[0], b.shape[1]):
-        raise InterpreterError(f"{a.dtype}{a.shape} x {b.dtype}{b.shape} + {acc.data.shape}")
+    _check_product(a, b, acc)
     return Value(acc.data + a.data.float() @ b.data.float())
 
 

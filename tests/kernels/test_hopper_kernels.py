@@ -57,17 +57,13 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     )
     for module in modules:
         monkeypatch.setattr(module, "Launch", InterpretedLaunch)
-        for name in ("_launch_of", "_launches_of"):
-            if hasattr(module, name):
-                getattr(module, name).cache_clear()
+        module._launch_of.cache_clear()
     monkeypatch.setattr(hopper_int_mm, "_num_multiprocessors", lambda device: 3)
     monkeypatch.setattr(hopper_int_mm, "counters", lambda device, number, first: counter[first:])
     monkeypatch.setattr(hopper_transform_quantize, "_num_multiprocessors", lambda device: 1)
     yield
     for module in modules:
-        for name in ("_launch_of", "_launches_of"):
-            if hasattr(module, name):
-                getattr(module, name).cache_clear()
+        module._launch_of.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ function groupsOf(indices) {
 function equalFacts(i) {
   const linear = linears[i];
   const words = (text) => (text ?? "").replace(/\d+/g, "#");
-  return [linear.kind, linear.shape, linear.state, linear.plan, linear.engine, linear.kernel, linear.precision,
+  return [linear.kind, linear.shape, linear.state, linear.plan, linear.types_alike, linear.engine, linear.kernel, linear.precision,
     words(linear.reason)];
 }
 
