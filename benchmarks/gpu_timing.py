@@ -40,6 +40,7 @@ Call = Callable[[], Any]
 _CACHE_TURNS = 3  # sizes of the L2 cache that pass between two uses of a weight
 _CYCLES_PER_SECOND = 2.5e9  # no chip's clock is above; only how long the device spins depends on it
 _LEAST_ROUNDS, _MOST_ROUNDS = 15, 300
+_LAUNCHES = ("cudaGraphLaunch", "cudaLaunchKernel", "cuLaunchKernel")
 _PARTS = ("passes", "codegen")  # of the package, with folders of their own in a checkout
 
 
@@ -168,7 +169,8 @@ class Bench:
     @torch.no_grad()
     def profiled(self, call: Call) -> dict[str, Any]:
         """Kernels of one call by name, with count and device time, the longest first; on the CPU its ops. A kernel that
-        waits for the one before it counts that as its time; ``device_ms`` is the time with any of them on the device.
+        waits for the one before it counts that as its time; ``device_ms`` is the time with any of them on the device,
+        ``launch_ms`` that of the host in the driver's calls that launch kernels and graphs.
         """
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.on_gpu:
@@ -182,7 +184,10 @@ class Bench:
         kind = DeviceType.CUDA if self.on_gpu else DeviceType.CPU
         found: dict[str, list[float]] = defaultdict(list)
         ranges = []
+        launch_us = 0.0
         for event in profile.events():
+            if event.name.startswith(_LAUNCHES):
+                launch_us += event.time_range.elapsed_us()
             is_range = getattr(event, "is_user_annotation", False)
             if event.device_type == kind and not is_range:
                 found[event.name[:160]].append(event.time_range.elapsed_us())
@@ -193,6 +198,7 @@ class Bench:
         return {
             "kernels": sorted(rows, key=lambda row: -row["us"]),
             "device_ms": round(covered(ranges) / 1e3, 4),
+            "launch_ms": round(launch_us / 1e3, 4),
         }
 
     # ---------------------------------------------------------------- ceilings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 from hypothesis import settings
 
 from freeact_fx import runner
+
+# What our ops return is of the size and strides that their fakes say. Without the variable nobody checks.
+os.environ.setdefault("TORCHINDUCTOR_SIZE_ASSERTS", "1")
 
 # Deterministic, so that a red run can be repeated; --hypothesis-profile=random hunts for more.
 settings.register_profile("freeact", deadline=None, database=None, derandomize=True)

@@ -70,6 +70,25 @@ def test_transforms_are_fused_whatever_was_compiled_before(plan: str) -> None:
     assert torch.linalg.norm(got - want) < 0.2 * torch.linalg.norm(want)
 
 
+@pytest.mark.inductor
+@pytest.mark.parametrize("asked", [None, "variable", "option"])
+def test_sizes_are_checked_where_that_is_asked_for(
+    asked: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at each call of all tensors that guards have seen, unless the user wants it."""
+    monkeypatch.delenv("TORCHINDUCTOR_SIZE_ASSERTS", raising=False)
+    if asked == "variable":
+        monkeypatch.setenv("TORCHINDUCTOR_SIZE_ASSERTS", "1")
+    options: dict[str, Any] = {"inductor": {"size_asserts": True}} if asked == "option" else {}
+    model = nn.Linear(64, 32).eval()
+    freeact_fx.convert(model, QuantConfig(token_types=TokenTypes.single()))
+    compiled = torch.compile(model, backend="freeact", options=options)
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(compiled, torch.randn(4, 64))
+    calls = re.findall(r"^\s*assert_size_stride\w*\(", code, re.MULTILINE)
+    assert bool(calls) == (asked is not None)
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_branch_product_in_bf16_where_that_is_native(
     native: bool, monkeypatch: pytest.MonkeyPatch
