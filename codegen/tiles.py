@@ -132,11 +132,13 @@ _HOPPER_TILES = (
     (TileConfig(64, 128, 128, num_stages=5, group_m=16), 0.75),
     (TileConfig(64, 128, 128, num_stages=3, group_m=16, programs=2), 0.75),
     (TileConfig(32, 128, 128, num_stages=3, group_m=16), 0.45),
+    (TileConfig(32, 128, 128, num_stages=9, group_m=16), 0.45),
     (TileConfig(16, 128, 128, num_stages=6, group_m=16), 0.25),
     (TileConfig(16, 128, 128, num_stages=5, group_m=16, programs=2), 0.25),
     (TileConfig(16, 128, 128, num_stages=3, group_m=16), 0.25),
+    (TileConfig(16, 128, 128, num_stages=11, group_m=16), 0.25),
 )
-_SPLITS = (1, 2, 4, 8)
+_SPLITS = (1, 2, 3, 4, 8)
 # Microseconds on an H100: a tile of 128 x 256 over 4096 codes; what a program spends besides on a part of a tile, and
 # on each byte of its sums; a byte of weights.
 _TILE_US, _PART_US, _SUM_BYTE_US, _WEIGHT_BYTE_US = 21.0, 1.0, 8e-5, 1 / 3e6

@@ -11,15 +11,20 @@ import torch
 from torch import Tensor
 from torch.fx import Graph
 
+from freeact_fx.config import QuantConfig
 from freeact_fx.reference import pack_int4
+from freeact_fx.transform import kronecker_shape, orthogonal_transform
 
-from .engine_ops import E4M3, is_hopper
+from .engine_ops import E4M3, is_hopper, run_transform
+from .prologue import NO_PROLOGUE
 from .tiles import PROMOTED, TileConfig, hopper_tiles, predicted_us
 from .tuning import Problem, gpu_name, known_tile, problem_of, tune
 
 # Of the tiles whose time is predicted to be shortest; the prediction is seldom off by more than a half.
-_NUM_MEASURED = 12
+_NUM_MEASURED = 16
 _NUM_REPLAYS = 11
+# Up to so many tokens a transform takes about as long as the product, which loads weights meanwhile, and needs room.
+_FEW_TOKENS = 64
 
 
 def tune_linears(graph: Graph) -> None:
@@ -66,7 +71,8 @@ def tune_linear(
 
 
 class _Call:
-    """A Linear on random operands: as many types as slices, in runs of one type; copies that keep each other cold."""
+    """A Linear on random operands: as many types as slices, in runs of one type; copies that keep each other cold. With
+    few tokens behind a transform, as it is in a model."""
 
     def __init__(
         self,
@@ -92,6 +98,11 @@ class _Call:
         self._types = types.sort()[0]
         slice_of_type = [min(t, len(slice_sizes) - 1) for t in range(num_types)]
         self._static = (list(slice_sizes), slice_of_type, 0, torch.bfloat16)
+        self._transform = None
+        if m <= _FEW_TOKENS and len(slice_sizes) == 1 and kronecker_shape(k) is not None:
+            self._transform = orthogonal_transform(k, QuantConfig(plan="single")).to(device)
+            self._qmax = 448 if dtype == E4M3 else 7
+            self._x = [torch.randn(m, k, device=device).bfloat16() for _ in range(self._copies)]
 
     def compile(self, tiles: Sequence[TileConfig]) -> None:
         """Compile the kernels of tiles side by side. One that cannot be is left for ``time_us`` to fail with."""
@@ -121,6 +132,16 @@ class _Call:
     def _run(self, tile: TileConfig, copies: int) -> None:
         from .kernels.hopper_int_mm import hopper_linear
 
-        for codes, weight in zip(self._codes[:copies], self._weights[:copies], strict=True):
-            operands = (codes, self._scale, weight, self._weight_scale, self._table, self._types)
+        for copy, weight in enumerate(self._weights[:copies]):
+            codes, scale = self._codes_of(copy)
+            operands = (codes, scale, weight, self._weight_scale, self._table, self._types)
             hopper_linear(*operands, *self._static, tile)
+
+    def _codes_of(self, copy: int) -> tuple[Tensor, Tensor]:
+        if (t := self._transform) is None:
+            return self._codes[copy], self._scale
+        static = (t.widths, t.slice_of_type, 0, self._qmax)
+        codes, scale = run_transform(
+            self._x[copy], NO_PROLOGUE, None, None, None, t.left, t.right, t.clip, *static
+        )
+        return codes, scale.reshape(-1)

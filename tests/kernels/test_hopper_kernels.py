@@ -70,21 +70,31 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ("order", "rank"), [("untyped", 0), ("one type", 72), ("mixed", 0), ("mixed", 32)]
 )
 @pytest.mark.parametrize("dtype", [torch.int8, E4M3], ids=str)
-@pytest.mark.parametrize("tile", [tile for tile, _ in hopper_tiles(1024)], ids=str)
-def test_linear(tile: TileConfig, dtype: torch.dtype, order: str, rank: int) -> None:
+@pytest.mark.parametrize(
+    ("num_codes", "tile"),
+    [
+        *((1024, tile) for tile, _ in hopper_tiles(1024)),
+        *((768, tile) for tile, _ in hopper_tiles(768) if tile.split_k == 3),
+    ],
+    ids=str,
+)
+def test_linear(
+    num_codes: int, tile: TileConfig, dtype: torch.dtype, order: str, rank: int
+) -> None:
     """Three slices for the types if they are mixed and there is no branch, one otherwise."""
     promoted = dtype == E4M3
     if promoted and tile.block_m * tile.rows > 64 * 128:
         tile = replace(tile, block_m=64 * 128 // tile.rows)
     num_tokens, num_outputs = tile.block_m + 9, tile.block_n + (16 if rank else 24)
-    sizes = [1024] if order != "mixed" or rank else [500, 24, 500]
+    size = num_codes // 2 - 12
+    sizes = [num_codes] if order != "mixed" or rank else [size, 24, size]
     slice_of_type = [*range(len(sizes)), 0, len(sizes) - 1]
     types = torch.randint(-1, len(slice_of_type), (num_tokens,)) if order == "mixed" else None
     default = len(slice_of_type) - 1
     chosen = torch.tensor(slice_of_type)[default if types is None else types]
     in_slice = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    codes = random_codes(num_tokens, 1024, largest=7) * (in_slice == chosen.view(-1, 1))
-    weight_i4 = random_codes(num_outputs, 1024, largest=7)
+    codes = random_codes(num_tokens, num_codes, largest=7) * (in_slice == chosen.view(-1, 1))
+    weight_i4 = random_codes(num_outputs, num_codes, largest=7)
     scale, weight_scale = torch.rand(num_tokens), torch.rand(len(sizes), num_outputs)
     table = torch.randn(len(slice_of_type), num_outputs) if order != "untyped" else None
     num_columns = max(rank - 2, 0)
@@ -114,11 +124,11 @@ def test_linear(tile: TileConfig, dtype: torch.dtype, order: str, rank: int) -> 
         rows += reference.rows_of_type(table, types, default).double()
     weights = v.double() * v_scale.double()[:, None]
     of_branch = scale[:, None].double() * (c.double() @ weights)
-    size = scale[:, None].double() * (c.double().abs() @ weights.abs())
-    fp32_steps = (4 + rank) * (want.abs() + size) + 4 * rows.abs()
+    terms = scale[:, None].double() * (c.double().abs() @ weights.abs())
+    fp32_steps = (4 + rank) * (want.abs() + terms) + 4 * rows.abs()
     want = want + rows + of_branch
     # A weight of the branch is rounded to bf16.
-    bound = 2**-24 * fp32_steps + 2**-8 * (want.abs() + size) + 1e-7
+    bound = 2**-24 * fp32_steps + 2**-8 * (want.abs() + terms) + 1e-7
     assert bool(((got.double() - want).abs() <= bound).all())
     assert int(counter.abs().max()) == 0
 

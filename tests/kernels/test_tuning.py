@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from freeact_fx.codegen import tuning
+from freeact_fx.codegen import tune_linear, tuning
+from freeact_fx.codegen.engine_ops import E4M3
 from freeact_fx.codegen.tiles import TileConfig, hopper_tiles, is_legal_for_hopper
 from freeact_fx.codegen.tuning import Problem, bucket_of, cache_file, known_tile, tune
 
@@ -90,6 +93,22 @@ def test_a_broken_file_is_not_used(
     assert said in caplog.text
     another_process()
     assert known_tile(PROBLEM, GPU) == TILES[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, E4M3])
+@pytest.mark.parametrize(("num_tokens", "behind_transform"), [(16, True), (128, False)])
+def test_a_linear_of_few_tokens_is_timed_behind_a_transform(
+    num_tokens: int, behind_transform: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = SimpleNamespace(L2_cache_size=100_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    problem = Problem(num_tokens, 64, 256)
+    call = tune_linear._Call(problem, [256], dtype, torch.device("cpu"))
+    codes, scale = call._codes_of(1)
+    assert (codes is not call._codes[1]) == behind_transform
+    assert codes.dtype == dtype
+    assert codes.shape == (num_tokens, 256) and scale.shape == (num_tokens,)
+    assert codes.is_contiguous() and scale.is_contiguous()
 
 
 @pytest.mark.parametrize(
