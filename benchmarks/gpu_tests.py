@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from measure import REPOSITORY, RESULTS, append_result
 
@@ -28,7 +29,8 @@ SANITIZED = (
     " or (test_branch and 64-4096-61) or (test_branch and 1025-4096-61) or (linears_side_by_side and 16)"
 )
 _SUMMARY = re.compile(r"(\d+) (passed|failed|errors?|skipped)\b")
-_SANITIZED = re.compile(r"=+ (?:ERROR|RACECHECK) SUMMARY: (\d+)")
+_SANITIZED = re.compile(r"=+ (?:ERROR SUMMARY: |RACECHECK SUMMARY: .*\()(\d+) error")
+_ACCESS = re.compile(r"(Read|Write) access at (\w+)\+0x\w+ in (\S+:\d+)")
 
 
 def command(args: argparse.Namespace) -> list[str]:
@@ -41,16 +43,21 @@ def command(args: argparse.Namespace) -> list[str]:
     if args.sanitizer is None:
         return pytest + (["-n", str(args.processes)] if args.processes > 1 else [])
     tool = ["compute-sanitizer", "--tool", args.sanitizer, "--error-exitcode", "9"]
-    return [*tool, "--print-limit", "5", *pytest]
+    # racecheck reports the same place again and again; the record has each once.
+    return [*tool, "--print-limit", "5" if args.sanitizer == "memcheck" else "5000", *pytest]
 
 
-def counts(output: str) -> dict[str, int]:
-    """What pytest's last lines count, and the sanitizer's errors, out of all that was printed."""
+def counts(output: str) -> dict[str, Any]:
+    """What pytest's last lines count, and the sanitizer's errors and the places that race, out of all that was printed."""
     lines = [line for line in output.splitlines() if _SUMMARY.search(line) and " in " in line]
-    found = {name.rstrip("s"): int(n) for n, name in _SUMMARY.findall(lines[-1] if lines else "")}
+    found: dict[str, Any] = {
+        name.rstrip("s"): int(n) for n, name in _SUMMARY.findall(lines[-1] if lines else "")
+    }
     reports = _SANITIZED.findall(output)
     if reports:
         found["sanitizer_errors"] = sum(map(int, reports))
+    if accesses := _ACCESS.findall(output):
+        found["races"] = sorted({" ".join(access) for access in accesses})
     return found
 
 

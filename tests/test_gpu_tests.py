@@ -20,8 +20,15 @@ FAILED kernels/test_on_gpu.py::test_a - assert 1 == 2
 """
     expected = {"failed": 3, "passed": 595, "skipped": 2, "error": 10, "sanitizer_errors": 2}
     assert counts(output) == expected
-    race = "5 passed in 1.0s\n========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"
-    assert counts(race) == {"passed": 5, "sanitizer_errors": 1}
+    race = """
+========= Error: Race reported between Read access at a_kernel+0x130 in a.py:6
+=========     and Write access at a_kernel+0xcad0 in a.py:9 [3 hazards]
+========= Error: Race reported between Read access at a_kernel+0x100 in a.py:6
+5 passed in 1.0s
+========= RACECHECK SUMMARY: 2 hazards displayed (767 errors, 0 warnings)
+"""
+    places = ["Read a_kernel a.py:6", "Write a_kernel a.py:9"]
+    assert counts(race) == {"passed": 5, "sanitizer_errors": 767, "races": places}
     assert counts("no summary at all") == {}
 
 
