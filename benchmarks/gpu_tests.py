@@ -48,7 +48,7 @@ def command(args: argparse.Namespace) -> list[str]:
 
 
 def counts(output: str) -> dict[str, Any]:
-    """What pytest's last lines count, and the sanitizer's errors and the places that race, out of all that was printed."""
+    """What pytest counts, and the sanitizer its errors, out of all that was printed; and the places that race."""
     lines = [line for line in output.splitlines() if _SUMMARY.search(line) and " in " in line]
     found: dict[str, Any] = {
         name.rstrip("s"): int(n) for n, name in _SUMMARY.findall(lines[-1] if lines else "")

@@ -107,8 +107,10 @@ def test_a_linear_of_few_tokens_is_timed_behind_a_transform(
     codes, scale = call._codes_of(1)
     assert (codes is not call._codes[1]) == behind_transform
     assert codes.dtype == dtype
-    assert codes.shape == (num_tokens, 256) and scale.shape == (num_tokens,)
-    assert codes.is_contiguous() and scale.is_contiguous()
+    assert codes.shape == (num_tokens, 256)
+    assert scale.shape == (num_tokens,)
+    assert codes.is_contiguous()
+    assert scale.is_contiguous()
 
 
 @pytest.mark.parametrize(
