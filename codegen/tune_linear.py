@@ -15,8 +15,7 @@ from freeact_fx.config import QuantConfig
 from freeact_fx.reference import pack_int4
 from freeact_fx.transform import kronecker_shape, orthogonal_transform
 
-from .engine_ops import E4M3, is_hopper, run_transform
-from .prologue import NO_PROLOGUE
+from .engine_ops import E4M3, engine_transform_quantize, is_hopper
 from .tiles import PROMOTED, TileConfig, hopper_tiles, predicted_us
 from .tuning import Problem, gpu_name, known_tile, problem_of, tune
 
@@ -98,10 +97,11 @@ class _Call:
         self._types = types.sort()[0]
         slice_of_type = [min(t, len(slice_sizes) - 1) for t in range(num_types)]
         self._static = (list(slice_sizes), slice_of_type, 0, torch.bfloat16)
-        self._transform = None
+        self._transform: tuple[Any, ...] = ()
         if m <= _FEW_TOKENS and len(slice_sizes) == 1 and kronecker_shape(k) is not None:
-            self._transform = orthogonal_transform(k, QuantConfig(plan="single")).to(device)
-            self._qmax = 448 if dtype == E4M3 else 7
+            t = orthogonal_transform(k, QuantConfig(plan="single")).to(device)
+            static = (t.widths, t.slice_of_type, 0, 448 if dtype == E4M3 else 7)
+            self._transform = (None, None, None, t.left, t.right, t.clip, *static)
             self._x = [torch.randn(m, k, device=device).bfloat16() for _ in range(self._copies)]
 
     def compile(self, tiles: Sequence[TileConfig]) -> None:
@@ -138,10 +138,7 @@ class _Call:
             hopper_linear(*operands, *self._static, tile)
 
     def _codes_of(self, copy: int) -> tuple[Tensor, Tensor]:
-        if (t := self._transform) is None:
+        if not self._transform:
             return self._codes[copy], self._scale
-        static = (t.widths, t.slice_of_type, 0, self._qmax)
-        codes, scale = run_transform(
-            self._x[copy], NO_PROLOGUE, None, None, None, t.left, t.right, t.clip, *static
-        )
+        codes, scale = engine_transform_quantize(self._x[copy], *self._transform)
         return codes, scale.reshape(-1)
