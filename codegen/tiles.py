@@ -367,7 +367,16 @@ def branch_tile(num_codes: int, rank: int) -> BranchTile | None:
     return BranchTile(block_m, block_k, block_r, 8, num_stages)
 
 
-# At most so many tokens have programs that share their features.
+def parts_of_branch(num_tiles: int, num_chunks: int, num_multiprocessors: int = 132) -> int:
+    """How many programs share the features of a tile of 64 tokens: two, so that the tokens that are under way stay in
+    the L2 cache, and more where multiprocessors would have none."""
+    parts = 2
+    while 2 * parts * num_tiles <= num_multiprocessors and num_chunks % (2 * parts) == 0:
+        parts *= 2
+    return parts
+
+
+# At most so many tokens have programs that share their features in tiles of sixteen.
 FEW_TOKENS = 1024
 
 

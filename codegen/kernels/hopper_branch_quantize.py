@@ -7,6 +7,11 @@ z and the rows of U arrive by the copy engine in chunks, each in the place of it
 the last ones of one time over are the first of the next, and still there. A place is filled in turn by chunks of even
 and of odd ``chunk // STAGES``, which is the phase of its barrier.
 
+PARTS programs share the features of a tile of tokens: they wait for each other twice, for the coefficients and for the
+largest magnitudes of all. Then fewer tokens are under way at a time, whose z stays in the L2 cache, each program has a
+part of U's rows alone, and a few thousand tokens have all multiprocessors. Programs start in the order of their
+numbers, so one that waits is waited for by nobody that it keeps from starting, where two fit the chip.
+
 U is int8 codes of one constant step (``reference.branch_codes``), which bf16 holds exactly. z is rounded to bf16, and
 so is c before it is multiplied, as ``branch_product`` will: 2^-9 of the token or of its part in the branch, not of
 what is left. c leaves in units of the token's scale, as the Linear's sums are (``engine_ops.engine_linear``).
@@ -30,7 +35,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from freeact_fx.codegen.tiles import FEW_TOKENS, BranchTile, branch_tile, branch_width
+from freeact_fx.codegen.tiles import (
+    FEW_TOKENS,
+    BranchTile,
+    branch_tile,
+    branch_width,
+    parts_of_branch,
+)
 from freeact_fx.reference import column_step
 
 from .gluon_names import barrier, load_tile
@@ -38,36 +49,80 @@ from .hopper_arithmetic import larger, larger_magnitude, to_e4m3, to_int4
 from .hopper_branch_few import branch_quantize_few
 from .hopper_int_mm import types_of
 from .hopper_transform_quantize import SMALLEST
-from .launches import Launch
-from .stream_order import allow_next_kernel, wait_for_previous_kernel
+from .launches import Launch, multiprocessors_of
+from .stream_order import allow_next_kernel, counters, wait_for_previous_kernel
 
 
 @gluon.jit
 def copy_chunk(
-    z,
-    columns,
-    z_ring,
-    columns_ring,
-    full,
-    chunk,
+    rings,
     first_m,
+    first_chunk,
+    chunk,
     R: gl.constexpr,
     NUM_CHUNKS: gl.constexpr,
+    OF_PART: gl.constexpr,
 ):
-    """Ask for a chunk of the tokens and its rows of U, if there is one of that number."""
+    """Ask for a chunk of the tokens and its rows of U, if a part has one of that number."""
+    z, columns, z_ring, columns_ring, full = rings
     STAGES: gl.constexpr = z_ring.shape[0]
     BLOCK_M: gl.constexpr = z_ring.shape[1]
     BLOCK_K: gl.constexpr = z_ring.shape[2]
     BLOCK_R: gl.constexpr = columns_ring.shape[2]
     # Rows of U are the even features and, behind them, the odd ones.
     HALF: gl.constexpr = NUM_CHUNKS // 2
-    if (chunk >= 0) & (chunk < NUM_CHUNKS):
+    if (chunk >= 0) & (chunk < OF_PART):
         stage = chunk % STAGES
         arrived = full.index(stage)
         mbarrier.expect(arrived, 2 * BLOCK_K * (BLOCK_M + BLOCK_R))
-        load_tile(z, [first_m, chunk * BLOCK_K], arrived, z_ring.index(stage))
-        place = [chunk % HALF * BLOCK_K, chunk // HALF * R]
+        number = first_chunk + chunk
+        load_tile(z, [first_m, number * BLOCK_K], arrived, z_ring.index(stage))
+        place = [number % HALF * BLOCK_K, number // HALF * R]
         load_tile(columns, place, arrived, columns_ring.index(stage))
+
+
+@gluon.jit
+def wait_for_parts(counter_ptr, count):
+    """Count this part, and return when so many have been: what all wrote before can be read."""
+    barrier()
+    counted = gl.atomic_add(counter_ptr, 1, sem="acq_rel") + 1
+    while counted < count:
+        counted = gl.atomic_add(counter_ptr, 0, sem="acquire")
+
+
+@gluon.jit
+def sum_of_all_parts(
+    c, partial_ptr, counter_ptr, part, PARTS: gl.constexpr, layout: gl.constexpr
+):
+    """The same bits in each part."""
+    BLOCK_M: gl.constexpr = c.shape[0]
+    BLOCK_R: gl.constexpr = c.shape[1]
+    row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))[:, None]
+    place = row * BLOCK_R + gl.arange(0, BLOCK_R, gl.SliceLayout(0, layout))[None, :]
+    gl.store(partial_ptr + part * (BLOCK_M * BLOCK_R) + place, c)
+    wait_for_parts(counter_ptr, PARTS)
+    total = gl.zeros((BLOCK_M, BLOCK_R), gl.float32, layout)
+    for number in gl.static_range(PARTS):
+        of_part = partial_ptr + number * (BLOCK_M * BLOCK_R) + place
+        total += gl.load(of_part, cache_modifier=".cg")  # not out of the L1 cache
+    return total
+
+
+@gluon.jit
+def largest_of_all_parts(
+    largest, maxima_ptr, counter_ptr, part, PARTS: gl.constexpr, layout: gl.constexpr
+):
+    BLOCK_M: gl.constexpr = largest.shape[0]
+    row = gl.arange(0, BLOCK_M, layout)
+    gl.store(maxima_ptr + part * BLOCK_M + row, largest)
+    wait_for_parts(counter_ptr, 2 * PARTS)
+    for number in gl.static_range(PARTS):
+        of_part = gl.load(maxima_ptr + number * BLOCK_M + row, cache_modifier=".cg")
+        largest = larger(largest, of_part)
+    # Whoever is the last to know leaves the counter as it was.
+    if gl.atomic_add(counter_ptr, 1, sem="relaxed") == 3 * PARTS - 1:
+        gl.store(counter_ptr, 0)
+    return largest
 
 
 @gluon.jit
@@ -92,6 +147,9 @@ def hopper_branch_quantize_kernel(
     codes_ptr,  # [M, K] int8 or the bytes of e4m3
     scale_ptr,  # [M] fp32
     coefficients_ptr,  # [M, R] bf16, in units of the scale
+    partial_ptr,  # [tiles, PARTS, BLOCK_M, BLOCK_R] fp32, or None: one part
+    maxima_ptr,  # [tiles, PARTS, BLOCK_M] fp32, or None
+    counter_ptr,  # [tiles] int32 of zeros, which it leaves as such, or None
     M,
     K: gl.constexpr,
     R: gl.constexpr,
@@ -100,6 +158,7 @@ def hopper_branch_quantize_kernel(
     DEFAULT_TYPE: gl.constexpr,
     QMAX: gl.constexpr,
     STEP: gl.constexpr,
+    PARTS: gl.constexpr,
     STAGES: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_K: gl.constexpr,
@@ -107,6 +166,7 @@ def hopper_branch_quantize_kernel(
     num_warps: gl.constexpr,
 ):
     NUM_CHUNKS: gl.constexpr = K // BLOCK_K
+    OF_PART: gl.constexpr = NUM_CHUNKS // PARTS
     # Both warp groups have all tokens, and half of the columns of a product.
     of_coefficients: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0],
@@ -128,18 +188,23 @@ def hopper_branch_quantize_kernel(
     for ahead in gl.static_range(STAGES):
         mbarrier.init(full.index(ahead), count=1)
     wait_for_previous_kernel()
-    first_m = gl.program_id(0) * BLOCK_M
+    tile, part = gl.program_id(0) // PARTS, gl.program_id(0) % PARTS
+    first_m, first_chunk = tile * BLOCK_M, part * OF_PART
+    rings = (z, columns, z_ring, columns_ring, full)
     for ahead in gl.static_range(STAGES):
-        copy_chunk(z, columns, z_ring, columns_ring, full, ahead, first_m, R, NUM_CHUNKS)
+        copy_chunk(rings, first_m, first_chunk, ahead, R, NUM_CHUNKS, OF_PART)
     # Coefficients; zeros for columns of other types, and for those behind R, which are the odd features'.
     c = gl.zeros((BLOCK_M, BLOCK_R), gl.float32, of_coefficients)
-    for chunk in range(0, NUM_CHUNKS):
+    for chunk in range(0, OF_PART):
         stage = chunk % STAGES
         mbarrier.wait(full.index(stage), (chunk // STAGES) & 1)
         c = warpgroup_mma(z_ring.index(stage), columns_ring.index(stage), c, is_async=True)
         c = warpgroup_mma_wait(num_outstanding=0, deps=(c,))
         barrier()
-        copy_chunk(z, columns, z_ring, columns_ring, full, chunk + STAGES, first_m, R, NUM_CHUNKS)
+        copy_chunk(rings, first_m, first_chunk, chunk + STAGES, R, NUM_CHUNKS, OF_PART)
+    if PARTS > 1:
+        of_tile = partial_ptr + tile.to(gl.int64) * (PARTS * BLOCK_M * BLOCK_R)
+        c = sum_of_all_parts(c, of_tile, counter_ptr + tile, part, PARTS, of_coefficients)
     tokens_of_c: gl.constexpr = gl.SliceLayout(1, of_coefficients)
     m = first_m + gl.arange(0, BLOCK_M, tokens_of_c)
     r = gl.arange(0, BLOCK_R, gl.SliceLayout(0, of_coefficients))
@@ -153,24 +218,32 @@ def hopper_branch_quantize_kernel(
     multiplied = gl.convert_layout(c.to(gl.bfloat16), left)
     # The grid of each token. A maximum is a number if either of two is; where z is not finite nothing is.
     largest = gl.full((BLOCK_M, BLOCK_K), float("nan"), gl.float32, of_chunk)
-    for before in range(0, NUM_CHUNKS):
-        chunk = NUM_CHUNKS - 1 - before
+    for number in range(0, OF_PART):
+        chunk = OF_PART - 1 - number
         stage = chunk % STAGES
         mbarrier.wait(full.index(stage), (chunk // STAGES) & 1)
         rest = residual(z_ring.index(stage), columns_ring.index(stage), multiplied, STEP, of_chunk)
         barrier()
-        copy_chunk(z, columns, z_ring, columns_ring, full, chunk - STAGES, first_m, R, NUM_CHUNKS)
+        copy_chunk(rings, first_m, first_chunk, chunk - STAGES, R, NUM_CHUNKS, OF_PART)
         largest = larger_magnitude(largest, rest)
-    m = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, of_chunk))
+    tokens_of_chunk: gl.constexpr = gl.SliceLayout(1, of_chunk)
+    of_token = gl.max(largest, 1)
+    if PARTS > 1:
+        of_tile = maxima_ptr + tile * (PARTS * BLOCK_M)
+        of_token = largest_of_all_parts(
+            of_token, of_tile, counter_ptr + tile, part, PARTS, tokens_of_chunk
+        )
+    m = first_m + gl.arange(0, BLOCK_M, tokens_of_chunk)
     token_type = DEFAULT_TYPE
     if type_ptr is not None:
         token_type = types_of(type_ptr, m, M, NUM_TYPES)
-    per_code = larger(gl.max(largest, 1) * gl.load(clip_ptr + token_type) / QMAX, SMALLEST)
-    gl.store(scale_ptr + m, per_code, m < M)
+    per_code = larger(of_token * gl.load(clip_ptr + token_type) / QMAX, SMALLEST)
+    is_first = part == 0
+    gl.store(scale_ptr + m, per_code, (m < M) & is_first)
     c = (c / gl.convert_layout(per_code, tokens_of_c)[:, None]).to(gl.bfloat16)
     m = first_m + gl.arange(0, BLOCK_M, tokens_of_c)
     place = coefficients_ptr + m.to(gl.int64)[:, None] * R + r[None, :]
-    gl.store(place, c, (m < M)[:, None] & (r < R)[None, :])
+    gl.store(place, c, (m < M)[:, None] & (r < R)[None, :] & is_first)
     per_unit = 1 / per_code
     if QMAX == 7:
         per_unit = 1 / (14 * per_code)
@@ -179,13 +252,13 @@ def hopper_branch_quantize_kernel(
     rows: gl.constexpr = gl.BlockedLayout([1, 16], [32 // PER_ROW, PER_ROW], [num_warps, 1], [1, 0])
     m = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, rows))
     k = gl.arange(0, BLOCK_K, gl.SliceLayout(0, rows))
-    target = codes_ptr + m.to(gl.int64)[:, None] * K + k[None, :]
-    for chunk in range(0, NUM_CHUNKS):
+    target = codes_ptr + m.to(gl.int64)[:, None] * K + first_chunk * BLOCK_K + k[None, :]
+    for chunk in range(0, OF_PART):
         stage = chunk % STAGES
         mbarrier.wait(full.index(stage), (chunk // STAGES) & 1)
         rest = residual(z_ring.index(stage), columns_ring.index(stage), multiplied, STEP, of_chunk)
         barrier()
-        copy_chunk(z, columns, z_ring, columns_ring, full, chunk + STAGES, first_m, R, NUM_CHUNKS)
+        copy_chunk(rings, first_m, first_chunk, chunk + STAGES, R, NUM_CHUNKS, OF_PART)
         if QMAX == 448:
             codes = to_e4m3(rest, per_unit[:, None])
         else:
@@ -212,6 +285,8 @@ def hopper_branch_quantize(
     default_type: int,
     own_rank: int,
     qmax: int,
+    parts: int | None = None,
+    tile: BranchTile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients, and codes of what is left, of transformed tokens.
 
@@ -221,8 +296,11 @@ def hopper_branch_quantize(
     clip        [P] fp32
     own_rank    as in ``reference.transform``
     qmax        7 or 448
+    parts       programs for a tile of tokens, of which each has whole chunks; None: ``tiles.parts_of_branch``
 
-    Shapes are those of ``tiles.branch_tile``. Returns codes [M, K] int8 (e4m3 for 448), scale [M, 1] fp32 and
+    tile        None: ``tiles.branch_tile``, which has one for the shape
+
+    Returns codes [M, K] int8 (e4m3 for 448), scale [M, 1] fp32 and
     coefficients [M, branch_width(R)] bf16, in units of the scale.
     """
     num_tokens, num_features = z.shape
@@ -230,21 +308,33 @@ def hopper_branch_quantize(
         return branch_quantize_few(z, lowrank, token_type, clip, default_type, own_rank, qmax)
     rank = branch_width(lowrank.shape[1])
     # In bf16 and with rows at multiples of 16 bytes, for the copy engine and the tensor cores.
-    columns = torch.nn.functional.pad(lowrank, (0, rank - lowrank.shape[1])).bfloat16()
+    columns = lowrank.bfloat16()
+    if rank > lowrank.shape[1]:
+        columns = torch.nn.functional.pad(columns, (0, rank - lowrank.shape[1]))
     codes = torch.empty(num_tokens, num_features, dtype=torch.int8, device=z.device)
     scale = torch.empty(num_tokens, 1, dtype=torch.float32, device=z.device)
     coefficients = torch.empty(num_tokens, rank, dtype=torch.bfloat16, device=z.device)
     result = codes.view(torch.float8_e4m3fn) if qmax == 448 else codes, scale, coefficients
     if num_tokens == 0:
         return result
-    tile = branch_tile(num_features, rank)
+    tile = tile or branch_tile(num_features, rank)
     assert tile is not None
     of_z, of_columns = layouts(tile)
     pairs = columns.view(num_features // 2, 2 * rank)
-    launch = _launch_of(tile, num_features, rank, own_rank, clip.shape[0], default_type, qmax)
+    tiles = -(-num_tokens // tile.block_m)
+    if parts is None:
+        parts = parts_of_branch(tiles, num_features // tile.block_k, multiprocessors_of(z.device))
+    partial = maxima = counter = None
+    if parts > 1:
+        size = tiles * parts * tile.block_m
+        partial = torch.empty(size * tile.block_r, dtype=torch.float32, device=z.device)
+        maxima = torch.empty(size, dtype=torch.float32, device=z.device)
+        counter = counters(z.device, tiles)
+    static = (num_features, rank, own_rank, clip.shape[0], default_type, qmax)
+    launch = _launch_of(tile, parts, *static)
     launch(
         z.device,
-        -(-num_tokens // tile.block_m),
+        tiles * parts,
         TensorDescriptor.from_tensor(z, [tile.block_m, tile.block_k], of_z),
         TensorDescriptor.from_tensor(pairs, [tile.block_k, tile.block_r], of_columns),
         token_type,
@@ -252,6 +342,9 @@ def hopper_branch_quantize(
         codes,
         scale,
         coefficients,
+        partial,
+        maxima,
+        counter,
         num_tokens,
     )
     return result
@@ -260,6 +353,7 @@ def hopper_branch_quantize(
 @functools.cache
 def _launch_of(
     tile: BranchTile,
+    parts: int,
     num_features: int,
     rank: int,
     own_rank: int,
@@ -276,6 +370,7 @@ def _launch_of(
         DEFAULT_TYPE=default_type,
         QMAX=qmax,
         STEP=column_step(num_features),
+        PARTS=parts,
         STAGES=tile.num_stages,
         BLOCK_M=tile.block_m,
         BLOCK_K=tile.block_k,

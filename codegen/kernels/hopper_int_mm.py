@@ -55,7 +55,7 @@ from freeact_fx.codegen.tuning import gpu_name, known_tile, problem_of
 
 from .gluon_names import barrier, load_tile, store_tile
 from .int_mm import partial_dtype
-from .launches import Launch
+from .launches import Launch, multiprocessors_of
 from .stream_order import allow_next_kernel, counters, wait_for_previous_kernel
 
 # What the product of two codes that are 1 adds to the sums, by the dtype of the tokens' codes.
@@ -829,7 +829,7 @@ def hopper_linears(
     Returns [M, N] of ``dtype`` for each, N its number of outputs.
     """
     num_tokens, num_codes = codes.shape
-    num_multiprocessors = _num_multiprocessors(codes.device)
+    num_multiprocessors = multiprocessors_of(codes.device)
     if promoted is None:
         promoted = PROMOTED and codes.dtype != torch.int8
     outputs = [
@@ -932,8 +932,3 @@ def _launch_of(
         enable_fp_fusion=True,
         launch_pdl=True,
     )
-
-
-@functools.cache
-def _num_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

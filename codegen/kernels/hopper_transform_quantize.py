@@ -58,7 +58,7 @@ from .hopper_arithmetic import (
     to_int4,
     two_parts,
 )
-from .launches import Launch
+from .launches import Launch, multiprocessors_of
 from .stream_order import allow_next_kernel, wait_for_previous_kernel
 from .transform_quantize import rows_in_memory
 
@@ -1037,7 +1037,7 @@ def hopper_transform_quantize(
     other = None if prologue.other is None else rows_in_memory(prologue.other)
     optional = (prologue.weight, prologue.bias, token_type, shift, channel_scale)
     contiguous = (None if t is None else t.contiguous() for t in optional)
-    num_multiprocessors = _num_multiprocessors(x.device)
+    num_multiprocessors = multiprocessors_of(x.device)
     # Each keeps the factors and walks over tokens.
     num_programs = tile.per_multiprocessor * num_multiprocessors
     of_one_multiprocessor = -(-num_tokens // num_multiprocessors)
@@ -1128,8 +1128,3 @@ def _launch_of(
         enable_fp_fusion=True,
         launch_pdl=True,
     )
-
-
-@functools.cache
-def _num_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

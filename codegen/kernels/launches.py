@@ -7,6 +7,7 @@ and a call looks the kernel up by what Triton specialises on in the rest.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -52,3 +53,8 @@ def _kind_of(operand: Any) -> Any:
     if isinstance(operand, int):
         return operand == 1, operand % 16 == 0, operand >> 31
     return operand.base.dtype
+
+
+@functools.cache
+def multiprocessors_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,7 +1,8 @@
 """Run Gluon kernels on the CPU, on tensors: Triton's own interpreter is for the language above it alone.
 
 A kernel's functions are run as the Python that they are, with the language's names bound to what is here. Programs run
-one after the other, their warp-specialised partitions as threads that meet at real barriers. Found that way: wrong
+one after the other, those that wait for each other at a time, their warp-specialised partitions as threads that meet at
+real barriers. Found that way: wrong
 indices, shapes and dtypes, accesses outside of a tensor, reads of what was never written, products read before they
 were waited for, tiles that a product reads before all threads have written them or that are written before all threads
 have waited for the product, barriers that nobody completes. Not found: layouts that do not fit (compiling finds those),
@@ -315,7 +316,16 @@ class Descriptor:
 
 _failed: list[BaseException] = []
 _accesses = Accesses()
-_program = types.SimpleNamespace(id=0, number=1)
+
+
+class Program(threading.local):
+    """That a thread runs."""
+
+    id, number = 0, 1
+
+
+_program = Program()
+_counting = threading.Lock()
 
 
 # ------------------------------------------------------------------ the language
@@ -336,8 +346,11 @@ def store(pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> None:
 
 
 def atomic_add(pointer: Pointer, value: Any, **_: Any) -> Value:
-    before = load(pointer)
-    store(pointer, before + value)
+    if _failed:
+        raise InterpreterError("another program failed")
+    with _counting:
+        before = load(pointer)
+        store(pointer, before + value)
     return before
 
 
@@ -395,13 +408,22 @@ def allocate_shared_memory(dtype: Any, shape: Sequence[int], layout: Any) -> Any
 
 
 def warp_specialize(partitions: Sequence[Any], num_warps: Any, num_registers: Any) -> None:
-    def run(function: Callable[..., Any], args: Sequence[Any]) -> None:
+    calls = [functools.partial(function, *args) for function, args in partitions]
+    _at_a_time(calls, [_program.id] * len(calls))
+
+
+def _at_a_time(calls: Sequence[Callable[[], Any]], ids: Sequence[int]) -> None:
+    """Threads of their own, each of a program."""
+    number = _program.number
+
+    def run(call: Callable[[], Any], program: int) -> None:
+        _program.id, _program.number = program, number
         try:
-            function(*args)
+            call()
         except BaseException as error:
             _failed.append(error)
 
-    threads = [threading.Thread(target=run, args=partition) for partition in partitions]
+    threads = [threading.Thread(target=run, args=each) for each in zip(calls, ids, strict=True)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -601,8 +623,11 @@ def run(
     arguments = dict(zip(names, map(_operand, operands), strict=False))
     arguments |= {name: constants[name] for name in names[len(operands) :]}
     _program.number = num_programs
+    _failed.clear()
+    if constants.get("PARTS", 1) > 1:  # its programs wait for each other
+        calls = [functools.partial(function, **arguments)] * num_programs
+        return _at_a_time(calls, range(num_programs))
     for _program.id in range(num_programs):
-        _failed.clear()
         _accesses.__init__()
         function(**arguments)
 

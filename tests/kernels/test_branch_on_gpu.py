@@ -25,6 +25,7 @@ from freeact_fx.reference import branch_codes, pack_int4
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="for Hopper alone")]
 if HOPPER:
+    from freeact_fx.codegen.kernels import hopper_branch_quantize
     from freeact_fx.codegen.kernels.hopper_int_mm import hopper_linear
 GPU = torch.device("cuda")
 E4M3 = torch.float8_e4m3fn
@@ -182,6 +183,26 @@ def test_what_is_not_finite_poisons_its_own_token(bad: float, num_tokens: int) -
     assert not bool(found[1][1].isfinite())
     for got, want in zip(found, good, strict=True):
         assert torch.equal(got[others], want[others])
+
+
+@pytest.mark.parametrize("num_tokens", [70, FEW_TOKENS + 1, 4096, 20000])
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_parts_of_the_features(parts: int, num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that share a token's features, again and again, beside one alone: sums in another order turn few
+    roundings."""
+    monkeypatch.setattr(hopper_branch_quantize, "FEW_TOKENS", 0)
+    z, columns, types, clip = random_branch(num_tokens, 4096, 64, 0, True)
+    args = (z, columns, types, clip, 1, 0, 7)
+    want_codes, *want = hopper_branch_quantize.hopper_branch_quantize(*args, 1)
+    first = hopper_branch_quantize.hopper_branch_quantize(*args, parts)
+    difference = (first[0].int() - want_codes.int()).abs()
+    assert int(difference.max()) <= 1
+    assert float((difference > 0).double().mean()) < 1e-3
+    for got, expected in zip(first[1:], want, strict=True):
+        assert torch.allclose(got.float(), expected.float(), rtol=2**-6, atol=1e-3)
+    for _ in range(20):
+        again = hopper_branch_quantize.hopper_branch_quantize(*args, parts)
+        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
 @pytest.mark.parametrize("num_tokens", [16, 1000, 8192])

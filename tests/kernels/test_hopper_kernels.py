@@ -35,6 +35,7 @@ from freeact_fx.codegen.prologue import NO_PROLOGUE, Prologue
 from freeact_fx.codegen.tiles import (
     HopperTransformTile,
     TileConfig,
+    branch_tile,
     hopper_tiles,
     hopper_transform_tile,
 )
@@ -58,9 +59,10 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in modules:
         monkeypatch.setattr(module, "Launch", InterpretedLaunch)
         module._launch_of.cache_clear()
-    monkeypatch.setattr(hopper_int_mm, "_num_multiprocessors", lambda device: 3)
-    monkeypatch.setattr(hopper_int_mm, "counters", lambda device, number, first: counter[first:])
-    monkeypatch.setattr(hopper_transform_quantize, "_num_multiprocessors", lambda device: 1)
+    for module in (hopper_int_mm, hopper_branch_quantize):
+        monkeypatch.setattr(module, "multiprocessors_of", lambda device: 3)
+        monkeypatch.setattr(module, "counters", lambda device, number, first=0: counter[first:])
+    monkeypatch.setattr(hopper_transform_quantize, "multiprocessors_of", lambda device: 1)
     yield
     for module in modules:
         module._launch_of.cache_clear()
@@ -266,9 +268,9 @@ def test_transform_without_rounding(num_features: int, kind: str) -> None:
         (256, 40, 0, 7),  # fewer chunks than places
     ],
 )
-@pytest.mark.parametrize("few", [True, False], ids=["few", "many"])
+@pytest.mark.parametrize("parts", [0, 1, 2, 4], ids=["few", "many", "two parts", "four parts"])
 def test_branch(
-    few: bool,
+    parts: int,
     num_features: int,
     rank: int,
     own_rank: int,
@@ -276,8 +278,15 @@ def test_branch(
     order: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The reference that rounds in the same places sums in another order: of the codes a few may be others."""
-    monkeypatch.setattr(hopper_branch_quantize, "FEW_TOKENS", 70 if few else 0)
+    """The reference that rounds in the same places sums in another order: of the codes a few may be others.
+
+    parts  programs for a tile of tokens; 0: as for few tokens
+    """
+    tile = branch_tile(num_features, rank)
+    assert tile is not None
+    if parts > 1 and num_features // tile.block_k % parts:
+        parts = 2
+    monkeypatch.setattr(hopper_branch_quantize, "FEW_TOKENS", 0 if parts else 70)
     z = (torch.randn(70, num_features) * (1 + torch.arange(70).unsqueeze(1))).bfloat16()
     columns = torch.linalg.qr(torch.randn(num_features, rank))[0]
     num_rows = 3 if own_rank == 0 else rank // own_rank + 1
@@ -290,13 +299,15 @@ def test_branch(
         own_rank,
         qmax,
     )
-    codes, scale, coefficients = hopper_branch_quantize.hopper_branch_quantize(*operands)
+    found = hopper_branch_quantize.hopper_branch_quantize(*operands, parts)
+    codes, scale, coefficients = found
     want_codes, want_scale, want_coefficients = engine_ops.engine_branch_quantize(*operands)
     difference = (codes.float() - want_codes.float()).abs()
     assert float((difference > 0).float().mean()) < 2e-4
     assert float(difference.max()) <= (1 if qmax == 7 else 32)
     assert torch.allclose(scale, want_scale, rtol=1e-3)
     assert torch.allclose(coefficients, want_coefficients, rtol=2**-6, atol=1e-3)
+    assert int(counter.abs().max()) == 0
 
 
 @pytest.mark.parametrize("few_tokens", [0, 4])

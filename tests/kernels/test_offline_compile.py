@@ -329,14 +329,17 @@ def test_hopper_branch_of_few_tokens(
 @pytest.mark.parametrize(
     ("num_features", "rank", "own_rank"), [(4096, 64, 32), (12288, 128, 0), (640, 8, 0)]
 )
-@pytest.mark.parametrize("typed", [True, False])
-def test_hopper_branch(num_features: int, rank: int, own_rank: int, qmax: int, typed: bool) -> None:
+@pytest.mark.parametrize(("typed", "parts"), [(True, 2), (False, 4), (False, 1)])
+def test_hopper_branch(
+    num_features: int, rank: int, own_rank: int, qmax: int, typed: bool, parts: int
+) -> None:
     tile = branch_tile(num_features, rank)
     assert tile is not None
     shapes = ((tile.block_m, tile.block_k), (tile.block_k, tile.block_r))
     tiles = zip(shapes, hopper_branch_quantize.layouts(tile), strict=True)
     z, columns = (f"tensordesc<bf16{list(shape)},{layout!r}>" for shape, layout in tiles)
     types = {"type_ptr": "*i32"}
+    exchange = {"partial_ptr": "*fp32", "maxima_ptr": "*fp32", "counter_ptr": "*i32"}
     compiled = compile_gluon(
         hopper_branch_quantize.hopper_branch_quantize_kernel,
         arguments={
@@ -346,9 +349,11 @@ def test_hopper_branch(num_features: int, rank: int, own_rank: int, qmax: int, t
             **dict.fromkeys(("clip_ptr", "scale_ptr"), "*fp32"),
             "codes_ptr": "*i8",
             "coefficients_ptr": "*bf16",
+            **(exchange if parts > 1 else {}),
             "M": "i32",
         },
         constants=({} if typed else dict.fromkeys(types))
+        | ({} if parts > 1 else dict.fromkeys(exchange))
         | {
             "K": num_features,
             "R": rank,
@@ -357,6 +362,7 @@ def test_hopper_branch(num_features: int, rank: int, own_rank: int, qmax: int, t
             "DEFAULT_TYPE": 0,
             "QMAX": qmax,
             "STEP": 0.01,
+            "PARTS": parts,
             "STAGES": tile.num_stages,
             "BLOCK_M": tile.block_m,
             "BLOCK_K": tile.block_k,
