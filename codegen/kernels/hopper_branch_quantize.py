@@ -188,7 +188,9 @@ def hopper_branch_quantize_kernel(
     for ahead in gl.static_range(STAGES):
         mbarrier.init(full.index(ahead), count=1)
     wait_for_previous_kernel()
-    tile, part = gl.program_id(0) // PARTS, gl.program_id(0) % PARTS
+    # The last tokens first: of what the transform wrote they are most likely still in the L2 cache.
+    tile = (gl.num_programs(0) - 1 - gl.program_id(0)) // PARTS
+    part = gl.program_id(0) % PARTS
     first_m, first_chunk = tile * BLOCK_M, part * OF_PART
     rings = (z, columns, z_ring, columns_ring, full)
     for ahead in gl.static_range(STAGES):
