@@ -91,9 +91,7 @@ def wait_for_parts(counter_ptr, count):
 
 
 @gluon.jit
-def sum_of_all_parts(
-    c, partial_ptr, counter_ptr, part, PARTS: gl.constexpr, layout: gl.constexpr
-):
+def sum_of_all_parts(c, partial_ptr, counter_ptr, part, PARTS: gl.constexpr, layout: gl.constexpr):
     """The same bits in each part."""
     BLOCK_M: gl.constexpr = c.shape[0]
     BLOCK_R: gl.constexpr = c.shape[1]

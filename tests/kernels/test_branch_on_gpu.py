@@ -187,7 +187,9 @@ def test_what_is_not_finite_poisons_its_own_token(bad: float, num_tokens: int) -
 
 @pytest.mark.parametrize("num_tokens", [70, FEW_TOKENS + 1, 4096, 20000])
 @pytest.mark.parametrize("parts", [2, 4, 8])
-def test_parts_of_the_features(parts: int, num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_the_features(
+    parts: int, num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Programs that share a token's features, again and again, beside one alone: sums in another order turn few
     roundings."""
     monkeypatch.setattr(hopper_branch_quantize, "FEW_TOKENS", 0)
