@@ -46,11 +46,38 @@ from freeact_fx.reference import column_step
 
 from .gluon_names import barrier, load_tile
 from .hopper_arithmetic import larger, larger_magnitude, to_e4m3, to_int4
-from .hopper_branch_few import branch_quantize_few
+from .hopper_branch_few import branch_quantize_few, rows_layout
 from .hopper_int_mm import types_of
 from .hopper_transform_quantize import SMALLEST
 from .launches import Launch, multiprocessors_of
 from .stream_order import allow_next_kernel, counters, wait_for_previous_kernel
+
+
+_ROWS = 32  # of U that a program makes bf16
+
+
+@gluon.jit
+def columns_kernel(
+    codes_ptr,  # [K, R] int8
+    columns_ptr,  # [K, WIDTH] bf16
+    K: gl.constexpr,
+    R: gl.constexpr,
+    WIDTH: gl.constexpr,
+    ROWS: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """U in bf16, with zeros behind R, as the copy engine and the tensor cores take it; ready before the kernel ahead is
+    done, but for writing it."""
+    layout: gl.constexpr = rows_layout(BLOCK_R, 16, num_warps)
+    allow_next_kernel()
+    k = gl.program_id(0) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    r = gl.arange(0, BLOCK_R, gl.SliceLayout(0, layout))
+    codes = gl.load(codes_ptr + k[:, None] * R + r[None, :], (k < K)[:, None] & (r < R)[None, :], 0)
+    columns = codes.to(gl.bfloat16)
+    wait_for_previous_kernel()
+    place = columns_ptr + k[:, None] * WIDTH + r[None, :]
+    gl.store(place, columns, (k < K)[:, None] & (r < WIDTH)[None, :])
 
 
 @gluon.jit
@@ -307,10 +334,6 @@ def hopper_branch_quantize(
     if 0 < num_tokens <= FEW_TOKENS:
         return branch_quantize_few(z, lowrank, token_type, clip, default_type, own_rank, qmax)
     rank = branch_width(lowrank.shape[1])
-    # In bf16 and with rows at multiples of 16 bytes, for the copy engine and the tensor cores.
-    columns = lowrank.bfloat16()
-    if rank > lowrank.shape[1]:
-        columns = torch.nn.functional.pad(columns, (0, rank - lowrank.shape[1]))
     codes = torch.empty(num_tokens, num_features, dtype=torch.int8, device=z.device)
     scale = torch.empty(num_tokens, 1, dtype=torch.float32, device=z.device)
     coefficients = torch.empty(num_tokens, rank, dtype=torch.bfloat16, device=z.device)
@@ -320,6 +343,9 @@ def hopper_branch_quantize(
     tile = tile or branch_tile(num_features, rank)
     assert tile is not None
     of_z, of_columns = layouts(tile)
+    columns = torch.empty(num_features, rank, dtype=torch.bfloat16, device=z.device)
+    launch = _launch_of_columns(num_features, lowrank.shape[1], tile.block_r)
+    launch(z.device, -(-num_features // _ROWS), lowrank, columns)
     pairs = columns.view(num_features // 2, 2 * rank)
     tiles = -(-num_tokens // tile.block_m)
     if parts is None:
@@ -348,6 +374,20 @@ def hopper_branch_quantize(
         num_tokens,
     )
     return result
+
+
+@functools.cache
+def _launch_of_columns(num_features: int, rank: int, block_r: int) -> Launch:
+    return Launch(
+        columns_kernel,
+        K=num_features,
+        R=rank,
+        WIDTH=branch_width(rank),
+        ROWS=_ROWS,
+        BLOCK_R=block_r,
+        num_warps=4,
+        launch_pdl=True,
+    )
 
 
 @functools.cache

@@ -46,6 +46,12 @@ E4M3 = torch.float8_e4m3fn
 counter = torch.zeros(4096, dtype=torch.int32)
 
 
+def clear_launches(module: Any) -> None:
+    for name, function in vars(module).items():
+        if name.startswith("_launch_of"):
+            function.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A chip of three multiprocessors."""
@@ -58,14 +64,14 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     )
     for module in modules:
         monkeypatch.setattr(module, "Launch", InterpretedLaunch)
-        module._launch_of.cache_clear()
+        clear_launches(module)
     for module in (hopper_int_mm, hopper_branch_quantize):
         monkeypatch.setattr(module, "multiprocessors_of", lambda device: 3)
         monkeypatch.setattr(module, "counters", lambda device, number, first=0: counter[first:])
     monkeypatch.setattr(hopper_transform_quantize, "multiprocessors_of", lambda device: 1)
     yield
     for module in modules:
-        module._launch_of.cache_clear()
+        clear_launches(module)
 
 
 @pytest.mark.parametrize(

@@ -325,6 +325,23 @@ def test_hopper_branch_of_few_tokens(
         )
 
 
+@pytest.mark.parametrize("rank", [64, 102])
+def test_columns_of_a_branch(rank: int) -> None:
+    """They are asked for before the kernel ahead is done."""
+    sizes = {"R": rank, "WIDTH": branch_width(rank), "BLOCK_R": 64 if rank == 64 else 128}
+    compiled = compile_gluon(
+        hopper_branch_quantize.columns_kernel,
+        arguments={"codes_ptr": "*i8", "columns_ptr": "*bf16"},
+        constants={"K": 4096, **sizes, "ROWS": 32, "num_warps": 4},
+        num_warps=4,
+    )
+    assert compiled.local_bytes == 0
+    before, after = compiled.ptx.split("griddepcontrol.wait")
+    assert "ld.global" in before
+    assert "st.global" not in before
+    assert "st.global" in after
+
+
 @pytest.mark.parametrize("qmax", [7, 448])
 @pytest.mark.parametrize(
     ("num_features", "rank", "own_rank"), [(4096, 64, 32), (12288, 128, 0), (640, 8, 0)]
