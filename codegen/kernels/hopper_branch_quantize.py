@@ -52,7 +52,6 @@ from .hopper_transform_quantize import SMALLEST
 from .launches import Launch, multiprocessors_of
 from .stream_order import allow_next_kernel, counters, wait_for_previous_kernel
 
-
 _ROWS = 32  # of U that a program makes bf16
 
 
