@@ -7,10 +7,9 @@ z and the rows of U arrive by the copy engine in chunks, each in the place of it
 the last ones of one time over are the first of the next, and still there. A place is filled in turn by chunks of even
 and of odd ``chunk // STAGES``, which is the phase of its barrier.
 
-PARTS programs share the features of a tile of tokens: they wait for each other twice, for the coefficients and for the
-largest magnitudes of all. Then fewer tokens are under way at a time, whose z stays in the L2 cache, each program has a
-part of U's rows alone, and a few thousand tokens have all multiprocessors. Programs start in the order of their
-numbers, so one that waits is waited for by nobody that it keeps from starting, where two fit the chip.
+Where that leaves multiprocessors idle, PARTS programs share the features of a tile of tokens, and wait for each other
+twice: for the coefficients and for the largest magnitudes of all. Programs start in the order of their numbers, so one
+that waits keeps none from starting that it waits for.
 
 U is int8 codes of one constant step (``reference.branch_codes``), which bf16 holds exactly. z is rounded to bf16, and
 so is c before it is multiplied, as ``branch_product`` will: 2^-9 of the token or of its part in the branch, not of
@@ -312,7 +311,6 @@ def hopper_branch_quantize(
     own_rank: int,
     qmax: int,
     parts: int | None = None,
-    tile: BranchTile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients, and codes of what is left, of transformed tokens.
 
@@ -324,9 +322,7 @@ def hopper_branch_quantize(
     qmax        7 or 448
     parts       programs for a tile of tokens, of which each has whole chunks; None: ``tiles.parts_of_branch``
 
-    tile        None: ``tiles.branch_tile``, which has one for the shape
-
-    Returns codes [M, K] int8 (e4m3 for 448), scale [M, 1] fp32 and
+    Shapes are those of ``tiles.branch_tile``. Returns codes [M, K] int8 (e4m3 for 448), scale [M, 1] fp32 and
     coefficients [M, branch_width(R)] bf16, in units of the scale.
     """
     num_tokens, num_features = z.shape
@@ -339,7 +335,7 @@ def hopper_branch_quantize(
     result = codes.view(torch.float8_e4m3fn) if qmax == 448 else codes, scale, coefficients
     if num_tokens == 0:
         return result
-    tile = tile or branch_tile(num_features, rank)
+    tile = branch_tile(num_features, rank)
     assert tile is not None
     of_z, of_columns = layouts(tile)
     columns = torch.empty(num_features, rank, dtype=torch.bfloat16, device=z.device)
