@@ -98,15 +98,7 @@ def quantized_linear(
     linear: nn.Linear, transform: GroupTransformModule, config: QuantConfig
 ) -> FreeActLinear:
     """A dense Linear, packed; ``transform`` is shared by the Linears of a group."""
-    operands = {n: b for n, b in transform.named_buffers() if b is not None}
-    group = GroupTransform(
-        plan=transform.plan,
-        widths=tuple(transform.widths),
-        slice_of_type=tuple(transform.slice_of_type),
-        own_rank=transform.own_rank,
-        **operands,
-    )
-    packed = pack_linear(group, linear.weight, linear.bias, config)
+    packed = pack_linear(transform.to_group_transform(), linear.weight, linear.bias, config)
     return FreeActLinear(transform, packed, config, _NO_FINGERPRINT)
 
 

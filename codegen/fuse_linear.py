@@ -26,6 +26,8 @@ from .graph_nodes import add_call
 from .tiles import MOST_TYPES
 
 aten, freeact = torch.ops.aten, torch.ops.freeact
+# What takes operands out of the tensor that holds several (``linear_form``).
+_VIEWS = (aten.slice.Tensor, aten.view.default, aten.reshape.default)
 
 
 def fuse_linear(graph: Graph, product: Node, output: Node) -> bool:
@@ -83,12 +85,11 @@ def join_linears(graph: Graph) -> None:
         shared = (codes, scale, bias is None, types, tuple(sizes), tuple(slices), default, dtype)
         groups.setdefault((*shared, *branch[:1]), []).append(node)
     for linears in groups.values():
-        inputs = {n for linear in linears for n in linear.all_input_nodes}
-        late = [n for n in inputs if place[n] > place[linears[0]]]
-        if len(linears) == 1 or any(n.op != "get_attr" for n in late):
+        late = _late_operands(linears, place)
+        if len(linears) == 1 or late is None:
             continue
-        for constant in late:
-            linears[0].prepend(constant)
+        for operand in late:
+            linears[0].prepend(operand)
         columns = [list(column) for column in zip(*(n.args for n in linears), strict=True)]
         codes, scale, _, _, bias, *static = linears[0].args[:10]
         weights, weight_scales, bias_tables = columns[2:5]
@@ -109,6 +110,20 @@ def join_linears(graph: Graph) -> None:
         for linear, output in zip(linears, outputs, strict=True):
             linear.replace_all_uses_with(output)
             graph.erase_node(linear)
+
+
+def _late_operands(linears: list[Node], place: dict[Node, int]) -> list[Node] | None:
+    """Operands that are behind the first of some Linears, in order; None if one of them cannot be in front of it."""
+    late: set[Node] = set()
+    pending = [n for linear in linears for n in linear.all_input_nodes]
+    while pending:
+        node = pending.pop()
+        if place[node] > place[linears[0]]:
+            if node.op != "get_attr" and node.target not in _VIEWS:
+                return None
+            late.add(node)
+            pending += node.all_input_nodes
+    return sorted(late, key=lambda n: place[n])
 
 
 def _is_branch(node: Any) -> bool:

@@ -64,9 +64,6 @@ class Binding:
     names: list[str]
     problem: str | None = None
 
-    def is_of(self, weights: Sequence[Tensor]) -> bool:
-        return all(map(operator.is_, [ref and ref() for ref in self.weights], weights))
-
 
 @dataclass
 class Bindings:
@@ -88,15 +85,21 @@ class Bindings:
     def __post_init__(self) -> None:
         """What each call needs, so that one step of a large converted model does not wait for Python."""
         self._dense = [(i, p) for i, p in enumerate(self.places) if p.transform or p.dtype]
-        self._weights = [place.weight for place in self.places]
+        positions = [p.weight for p in self.places if isinstance(p.weight, int)]
+        self._weights_of: Callable[[Sequence[Any]], Sequence[Any]] = self._any_weights_of
+        if len(positions) == len(self.places) > 1:
+            self._weights_of = operator.itemgetter(*positions)
 
     def of(self, args: Sequence[Any]) -> Binding:
-        weights: list[Any] = [args[w] if isinstance(w, int) else w for w in self._weights]
+        weights = self._weights_of(args)
         key = tuple(map(id, weights))
         binding = self._known.get(key)
-        if binding is None or not binding.is_of(weights):
-            binding = self._known[key] = self._bind(weights, args)
+        if binding is None:
+            binding = self._known[key] = self._bind(key, weights, args)
         return binding
+
+    def _any_weights_of(self, args: Sequence[Any]) -> list[Any]:
+        return [place.parameters(args)[0] for place in self.places]
 
     def pack(
         self, binding: Binding, args: Sequence[Any]
@@ -110,9 +113,11 @@ class Bindings:
                 found[index] = self.packer.pack(name, weight, bias, transposed=place.transposed)
         return found
 
-    def _bind(self, weights: list[Tensor], args: Sequence[Any]) -> Binding:
+    def _bind(self, key: tuple[int, ...], weights: Sequence[Any], args: Sequence[Any]) -> Binding:
+        known = self._known
+        # It goes with the first of its weights: another tensor may then be where that was.
         refs: list[weakref.ref[Tensor] | None] = [
-            w if w is None else weakref.ref(w) for w in weights
+            w if w is None else weakref.ref(w, lambda _: known.pop(key, None)) for w in weights
         ]
         compiled_for = [ref and ref() for _, ref in self.report.linears]
         rows = [row for row, _ in self.report.linears]

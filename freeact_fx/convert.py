@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,15 @@ from .checkpoint import Checkpoint, fingerprint
 from .config import QuantConfig
 from .eligibility import ineligible_reason, is_tower_name, matches
 from .errors import CheckpointError, ConfigError, UnsupportedLinear
+from .linear_form import (
+    GroupForm,
+    LinearForm,
+    group_form,
+    join,
+    linear_form,
+    take_part,
+    text_of,
+)
 from .reasons import Reason, reason
 from .token_types import check_type_range, explicit_types
 from .transform import (
@@ -39,40 +48,48 @@ class _FixedDtype(nn.Module):
 class GroupTransformModule(_FixedDtype):
     """A group's transform as buffers; shared by the group's Linears, so the state dict names it under each of them.
 
+    values      [n] fp32: its fp32 tensors side by side, since each buffer costs time at every call (``linear_form``)
+    shift_bf16  [P, K], or None: the means are in ``values``, or there are none
+    lowrank     [K', R] int8 or None
+    form        text of a ``GroupForm``
+
     ``statistics`` is what calibration measured of the group, as in ``Checkpoint.statistics``.
     """
+
+    values: Tensor
+    shift_bf16: Tensor | None
+    lowrank: Tensor | None
 
     def __init__(
         self, transform: GroupTransform, statistics: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__()
         self.statistics = dict(statistics or {})
-        for name in ("shift", "channel_scale", "left", "right", "clip", "lowrank"):
-            self.register_buffer(name, getattr(transform, name))
-        self.plan = transform.plan
-        self.num_features = transform.num_features
-        # As text: where a module has a list, or a property is read, Dynamo goes through all of its guards at each call.
-        self.widths_text = _as_text(transform.widths)
-        self.slice_of_type_text = _as_text(transform.slice_of_type)
-        self.own_rank = transform.own_rank
+        t = transform
+        is_narrow = t.shift is not None and t.shift.dtype == torch.bfloat16
+        names = ("channel_scale", "left", "right", "clip", *(() if is_narrow else ("shift",)))
+        values, parts = join({name: getattr(t, name) for name in names})
+        self.register_buffer("values", values)
+        self.register_buffer("shift_bf16", t.shift if is_narrow else None)
+        self.register_buffer("lowrank", t.lowrank)
+        self.plan = t.plan
+        self.num_features = t.num_features
+        self.form = text_of(GroupForm(parts, t.widths, t.slice_of_type, t.own_rank))
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """As in ``GroupTransform``."""
-        return tuple(_from_text(self.widths_text))
-
-    @property
-    def slice_of_type(self) -> tuple[int, ...]:
-        """As in ``GroupTransform``."""
-        return tuple(_from_text(self.slice_of_type_text))
-
-
-def _as_text(numbers: Iterable[int]) -> str:
-    return " ".join(map(str, numbers))
-
-
-def _from_text(text: str) -> list[int]:
-    return [int(number) for number in text.split()]
+    def to_group_transform(self) -> GroupTransform:
+        """What it was made of; its tensors are views of the buffers."""
+        form = group_form(self.form)
+        named: dict[str, Any] = {p.name: take_part(self.values, p) for p in form.parts}
+        if self.shift_bf16 is not None:
+            named["shift"] = self.shift_bf16
+        return GroupTransform(
+            plan=self.plan,
+            **named,
+            lowrank=self.lowrank,
+            widths=form.widths,
+            slice_of_type=form.slice_of_type,
+            own_rank=form.own_rank,
+        )
 
 
 class FreeActLinear(_FixedDtype):
@@ -81,7 +98,16 @@ class FreeActLinear(_FixedDtype):
     In eager mode it runs the reference, with the types of an enclosing ``freeact_fx.token_types``; without one (or
     with one of another shape) it uses the default type and warns once if there are others. ``fingerprint`` is that of
     the dense weight it was made from.
+
+    weight_packed  [N, K' / 8] int32, as in ``PackedLinear``
+    values         [n] fp32: its scales and bias table side by side, as in ``GroupTransformModule``
+    branch_weight  [R, N] int8 or None
+    form           text of a ``LinearForm``
     """
+
+    weight_packed: Tensor
+    values: Tensor
+    branch_weight: Tensor | None
 
     def __init__(
         self,
@@ -92,17 +118,21 @@ class FreeActLinear(_FixedDtype):
     ) -> None:
         super().__init__()
         self.transform = transform
+        names = ("weight_scale", "bias_table", "branch_scale")
+        values, parts = join({name: getattr(packed, name) for name in names})
         self.register_buffer("weight_packed", packed.weight)
-        self.register_buffer("weight_scale", packed.weight_scale)
-        self.register_buffer("bias_table", packed.bias_table)
+        self.register_buffer("values", values)
         self.register_buffer("branch_weight", packed.branch_weight)
-        self.register_buffer("branch_scale", packed.branch_scale)
         self.in_features = transform.num_features
         self.out_features = packed.weight.shape[0]
         self.config, self.fingerprint = config, fingerprint
-        self.qmax = config.qmax
-        self.types = config.types_json
-        self.type_names = config.type_names
+        self.form = text_of(LinearForm(parts, config.qmax, config.types_json))
+
+    def to_packed_linear(self) -> PackedLinear:
+        """What it was made of; its tensors are views of the buffers."""
+        parts = linear_form(self.form).parts
+        named: dict[str, Any] = {p.name: take_part(self.values, p) for p in parts}
+        return PackedLinear(self.weight_packed, **named, branch_weight=self.branch_weight)
 
     def forward(self, x: Tensor) -> Tensor:
         types = None if torch.compiler.is_compiling() else self._eager_types(x)
@@ -110,37 +140,29 @@ class FreeActLinear(_FixedDtype):
         return torch.ops.freeact.linear.default(
             x,
             types,
-            t.shift,
-            t.channel_scale,
-            t.left,
-            t.right,
-            t.clip,
+            t.values,
+            t.shift_bf16,
             t.lowrank,
             self.weight_packed,
-            self.weight_scale,
-            self.bias_table,
+            self.values,
             self.branch_weight,
-            self.branch_scale,
-            _from_text(t.widths_text),
-            _from_text(t.slice_of_type_text),
-            0,
-            t.own_rank,
-            self.qmax,
-            self.types,
+            t.form,
+            self.form,
         )
 
     def _eager_types(self, x: Tensor) -> Tensor | None:
-        if treats_types_alike(len(self.transform.slice_of_type), len(self.type_names)):
+        type_names = self.config.type_names
+        if treats_types_alike(len(group_form(self.transform.form).slice_of_type), len(type_names)):
             return None
         types = explicit_types()
         if types is not None and tuple(types.shape) == tuple(x.shape[:-1]):
-            check_type_range(types, self.type_names)
+            check_type_range(types, type_names)
             return torch.where(types >= 0, types, 0).to(x.device)
-        if len(self.type_names) > 1:
+        if len(type_names) > 1:
             # One text and one place for all Linears: Python shows it once.
             warnings.warn(
                 "freeact: converted Linears run in eager mode without token types; they use the default "
-                f"type {self.type_names[0]!r}. Compile the model with backend='freeact', or call it inside "
+                f"type {type_names[0]!r}. Compile the model with backend='freeact', or call it inside "
                 "freeact_fx.token_types(types).",
                 stacklevel=1,
             )

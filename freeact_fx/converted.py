@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint, PackedEntry, sha256_of
-from .convert import FreeActLinear, GroupTransformModule, convert
+from .convert import FreeActLinear, convert
 from .errors import CheckpointError, ConfigError
-from .transform import GroupTransform, PackedLinear
+from .transform import GroupTransform
 
 DENSE_FILE = "dense.safetensors"
 
@@ -52,27 +52,13 @@ def checkpoint_of(model: nn.Module) -> Checkpoint:
     for name, linear in found.items():
         group = names.setdefault(id(linear.transform), name)
         if group == name:
-            groups[group] = _transform(linear.transform)
+            groups[group] = linear.transform.to_group_transform()
             if linear.transform.statistics:
                 statistics[group] = linear.transform.statistics
-        linears[name] = PackedEntry(group, linear.in_features, _packed(linear), linear.fingerprint)
+        linears[name] = PackedEntry(
+            group, linear.in_features, linear.to_packed_linear(), linear.fingerprint
+        )
     return Checkpoint(configs.pop(), groups, linears, statistics)
-
-
-def _transform(module: GroupTransformModule) -> GroupTransform:
-    return GroupTransform(
-        plan=module.plan,
-        **dict(module.named_buffers()),
-        widths=module.widths,
-        slice_of_type=module.slice_of_type,
-        own_rank=module.own_rank,
-    )
-
-
-def _packed(linear: FreeActLinear) -> PackedLinear:
-    renamed = {"weight_packed": "weight"}
-    buffers = dict(linear.named_buffers(recurse=False))
-    return PackedLinear(**{renamed.get(name, name): t for name, t in buffers.items()})
 
 
 def save_converted(model: nn.Module, folder: str | Path) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import reference
+from .linear_form import operands_of, take_part
 from .profiler_names import named_after_linear
 
 
@@ -240,62 +241,57 @@ def _(coefficients, branch_weight, branch_scale):  # type: ignore[no-untyped-def
 def linear(
     x: Tensor,
     token_type: Tensor | None,
-    shift: Tensor | None,
-    channel_scale: Tensor | None,
-    left: Tensor,
-    right: Tensor,
-    clip: Tensor,
+    group_values: Tensor,
+    shift_bf16: Tensor | None,
     lowrank: Tensor | None,
     weight: Tensor,
-    weight_scale: Tensor,
-    bias_table: Tensor | None,
+    values: Tensor,
     branch_weight: Tensor | None,
-    branch_scale: Tensor | None,
-    widths: Sequence[int],
-    slice_of_type: Sequence[int],
-    default_type: int,
-    own_rank: int,
-    qmax: int,
-    types: str,
+    group_form: str,
+    form: str,
 ) -> Tensor:
     """One converted Linear, [..., K] to [..., N] in the dtype of ``x``; the formula of ``reference``.
 
-    ``types`` is the declaration of the token types as JSON (``QuantConfig.types_json``). It takes no part in the
-    arithmetic: the passes read it off the graph, so that a converted model compiles without options.
+    Arguments are the buffers and texts of ``convert.GroupTransformModule`` and ``FreeActLinear``. The declaration of
+    the token types in ``form`` takes no part in the arithmetic: the passes read it off the graph, so that a converted
+    model compiles without options.
     """
+    o = operands_of(
+        take_part,
+        *(group_values, shift_bf16, lowrank, weight, values, branch_weight, group_form, form),
+    )
     codes, scale, coefficients = reference.transform_quantize(
         x,
         token_type,
-        shift,
-        channel_scale,
-        left,
-        right,
-        clip,
+        o["shift"],
+        o["channel_scale"],
+        o["left"],
+        o["right"],
+        o["clip"],
         lowrank,
-        widths,
-        slice_of_type,
-        default_type,
-        own_rank,
-        qmax,
+        o["widths"],
+        o["slice_of_type"],
+        o["default_type"],
+        o["own_rank"],
+        o["qmax"],
     )
     return reference.epilogue(
         int_mm(codes, weight),
         scale,
-        weight_scale,
-        bias_table,
+        o["weight_scale"],
+        o["bias_table"],
         coefficients,
         branch_weight,
-        branch_scale,
+        o["branch_scale"],
         token_type,
-        slice_of_type,
-        default_type,
+        o["slice_of_type"],
+        o["default_type"],
         x.dtype,
     )
 
 
 @linear.register_fake
-def _(x, *args):  # type: ignore[no-untyped-def]
-    weight = args[7]
+def _(x, token_type, group_values, shift_bf16, lowrank, weight, *args):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

@@ -15,6 +15,7 @@ from . import compat
 from .checkpoint import Checkpoint
 from .config import QuantConfig
 from .errors import ConfigError, nearest_name
+from .linear_form import linear_form
 
 COMPILERS = ("inductor", "eager")
 STAGES = ("passes", "lowering", "engine")
@@ -116,7 +117,7 @@ class Options:
         Raises ConfigError if they contradict each other or the options, or with ``quantize=False``.
         """
         declared = {
-            node.args[-1]
+            linear_form(str(node.args[-1])).types
             for node in gm.graph.nodes
             if node.target is torch.ops.freeact.linear.default
         }
@@ -132,7 +133,7 @@ class Options:
                 f"the converted Linears of this graph declare {len(declared)} different sets of token "
                 f"types. Convert a model with one checkpoint."
             )
-        own = json.loads(str(declared.pop()))
+        own = json.loads(declared.pop())
         config = replace(self.config, **own)
         if self.types_given and config.type_names == self.config.type_names:
             return self.config

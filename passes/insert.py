@@ -22,11 +22,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from freeact_fx.config import QuantConfig
+from freeact_fx.linear_form import Part, operands_of
 from freeact_fx.reasons import Reason
 from freeact_fx.reference import slice_of_token
 from freeact_fx.transform import GroupTransform, PackedLinear, treats_types_alike
 
 from .annotate import claims_of
+from .detect import LINEAR_ARGUMENTS
 from .editor import Editor, aten
 from .node_facts import (
     TOKENS_KEY,
@@ -68,12 +70,14 @@ def insert_freeact_ops(
     editor = Editor(gm, inputs, config)
     types = TypeTensors(editor)
     groups: dict[tuple[Any, ...], tuple[Node, ...]] = {}
+    parts: dict[tuple[Node, Part], Node] = {}
     replaced: dict[Node, Node] = {}
     for node, linear in linears_of(gm):
         if linear.refusal is not None:
             continue
         if linear.converted:
-            replacement = linear.operands
+            with gm.graph.inserting_before(node), editor.part_of(_label(linear), node):
+                linear.operands = replacement = _converted_operands(editor, linear, parts)
         else:
             found = operands(linear)
             if isinstance(found, Reason):
@@ -115,6 +119,22 @@ def _label(linear: LinearFact) -> str:
 
 _GROUP_OPERANDS = ("shift", "channel_scale", "left", "right", "clip", "lowrank")
 _LINEAR_OPERANDS = ("weight", "weight_scale", "bias_table", "branch_weight", "branch_scale")
+
+
+def _converted_operands(
+    editor: Editor, linear: LinearFact, parts: dict[tuple[Node, Part], Node]
+) -> dict[str, Any]:
+    """Operands out of the tensors that hold several; those of a group once for all of its Linears."""
+
+    def take(values: Node, part: Part) -> Node:
+        if (values, part) not in parts:
+            flat = editor.call(aten.slice.Tensor, values, 0, part.start, part.end)
+            parts[values, part] = editor.call(
+                aten.view.default, flat, list(part.shape), called=part.name
+            )
+        return parts[values, part]
+
+    return operands_of(take, *(linear.operands[name] for name in LINEAR_ARGUMENTS[2:]))
 
 
 def _dense_operands(editor: Editor, linear: LinearFact, found: LinearOperands) -> dict[str, Any]:

@@ -131,14 +131,15 @@ def test_every_plan_is_built(
     (group,) = [g for g in report.groups if g.name == "blocks.0.q"]
     linear = built[0].linears[0]
     assert linear.transform.plan == plan
-    assert tuple(linear.transform.widths) == group.widths
+    assert linear.transform.to_group_transform().widths == group.widths
     assert (linear.branch_weight is None) == (plan != "branch")
     assert linear.config.activation_bits == options.get("activation_bits", 4)
     # Operands as the model's own have them.
-    operands = [t for name, t in linear.named_buffers(recurse=False) if name != "bias_table"]
+    operands = [t for n, t in linear.to_packed_linear().tensors().items() if n != "bias_table"]
     model = tiny_model()
     freeact_fx.convert(model, freeact_fx.QuantConfig.from_options(report.config))
-    real = [t for n, t in model.blocks[0].q.named_buffers(recurse=False) if n != "bias_table"]
+    own = model.blocks[0].q.to_packed_linear()
+    real = [t for n, t in own.tensors().items() if n != "bias_table"]
     assert [(t.shape, t.dtype) for t in operands] == [(t.shape, t.dtype) for t in real]
 
 

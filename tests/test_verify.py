@@ -28,6 +28,7 @@ from freeact_fx import (
     compat,
     ops,
 )
+from freeact_fx.linear_form import group_form, text_of
 from freeact_fx.passes import insert
 from freeact_fx.verification import Unchecked
 
@@ -273,7 +274,8 @@ def test_wrong_slices(plan: str) -> None:
     converted = copy.deepcopy(model)
     freeact_fx.convert(converted, checkpoint)
     own_transform: Any = converted.up.transform
-    own_transform.slice_of_type_text = " ".join(map(str, (1, 0, *slices[2:])))
+    form = replace(group_form(own_transform.form), slice_of_type=(1, 0, *slices[2:]))
+    own_transform.form = text_of(form)
     result = verify(converted, ids, checkpoint=checkpoint)
     assert [f.place for f in result.findings] == ["up"]
     assert "slice_of_type of its transform must be (0, 1" in str(result.findings[0])
@@ -298,11 +300,11 @@ def shuffled_row(model: nn.Module) -> None:
 
 
 def wrong_scale(model: nn.Module) -> None:
-    model.blocks[1].v.weight_scale[0, 5] *= 3
+    model.blocks[1].v.to_packed_linear().weight_scale[0, 5] *= 3
 
 
 def wrong_bias(model: nn.Module) -> None:
-    model.blocks[1].v.bias_table[1] *= 1.1
+    model.blocks[1].v.to_packed_linear().bias_table[1] *= 1.1
 
 
 CORRUPTIONS: dict[str, tuple[Callable[[nn.Module], None], str, tuple[str, str]]] = {

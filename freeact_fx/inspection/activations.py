@@ -124,14 +124,7 @@ class _Recorder:
             found = packer.transform(name, dense)
             assert isinstance(found, GroupTransform), "the report has no group for it"
             return found
-        held = module.transform
-        return GroupTransform(
-            plan=held.plan,
-            widths=tuple(held.widths),
-            slice_of_type=tuple(held.slice_of_type),
-            own_rank=held.own_rank,
-            **{n: buffer for n, buffer in held.named_buffers() if buffer is not None},
-        )
+        return module.transform.to_group_transform()
 
     def _take(
         self,

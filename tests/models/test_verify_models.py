@@ -38,7 +38,7 @@ def test_no_alarm_and_a_corrupted_weight(name: str) -> None:
     converted = copy.deepcopy(model)
     freeact_fx.convert(converted, freeact_fx.QuantConfig(token_types=types))
     group = result.groups[-1].name
-    converted.get_submodule(group).weight_scale[0, 3] *= 3
+    converted.get_submodule(group).to_packed_linear().weight_scale[0, 3] *= 3
     result = verify(converted, inputs, dense=model)
     assert [(f.stage, f.place) for f in result.findings] == [("rounding", group)], str(result)
     assert "weight_scale[0, 3] is 3 times" in str(result.findings[0])

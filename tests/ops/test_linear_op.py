@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from linear_arguments import linear_arguments
 from random_transforms import EXACT_PLANS, random_transform
 
 from freeact_fx import reference
@@ -26,10 +27,7 @@ def test_linear_is_its_parts(plan: str, bits: Any, dtype: torch.dtype) -> None:
     types = torch.randint(0, 4, (2, 7), dtype=torch.int32)
     statics = (list(t.widths), list(t.slice_of_type), 0)
     operands = (t.shift, t.channel_scale, t.left, t.right, t.clip)
-    whole = ops.linear(
-        *(x, types, *operands, t.lowrank, *packed_operands(packed)),
-        *(*statics, t.own_rank, config.qmax, config.types_json),
-    )
+    whole = ops.linear(*linear_arguments(x, types, t, packed, config))
     coefficients = None
     if t.lowrank is None:
         codes, scale = ops.transform_quantize(x, types, *operands, *statics, config.qmax)
@@ -53,11 +51,6 @@ def test_linear_is_its_parts(plan: str, bits: Any, dtype: torch.dtype) -> None:
     assert torch.equal(whole, parts)
 
 
-def packed_operands(packed: Any) -> tuple[Any, ...]:
-    branch = (packed.branch_weight, packed.branch_scale)
-    return (packed.weight, packed.weight_scale, packed.bias_table, *branch)
-
-
 @pytest.mark.parametrize(("bits", "largest"), [(4, 0.19), (8, 0.13), ("e4m3", 0.13)])
 def test_more_bits_are_nearer_to_the_dense_linear(bits: Any, largest: float) -> None:
     """Weights stay at 4 bits, so 8-bit activations leave their error only."""
@@ -65,10 +58,7 @@ def test_more_bits_are_nearer_to_the_dense_linear(bits: Any, largest: float) -> 
     t = orthogonal_transform(256, config)
     weight, bias, x = torch.randn(64, 256), torch.randn(64), torch.randn(50, 256)
     packed = pack_linear(t, weight, bias, config)
-    got = ops.linear(
-        *(x, None, None, None, t.left, t.right, t.clip, None, *packed_operands(packed)),
-        *(list(t.widths), list(t.slice_of_type), 0, 0, config.qmax, config.types_json),
-    )
+    got = ops.linear(*linear_arguments(x, None, t, packed, config))
     want = torch.nn.functional.linear(x, weight, bias)
     error = float((got - want).norm() / want.norm())
     assert 0.05 < error < largest

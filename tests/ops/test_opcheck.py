@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from linear_arguments import linear_arguments
 from random_transforms import random_transform
 from torch import Tensor
 
@@ -60,12 +61,7 @@ def check_transform(plan: str, x: Tensor, types: Tensor | None, qmax: int) -> No
 def linear_args(plan: str, x: Tensor, types: Tensor | None, config: QuantConfig) -> tuple[Any, ...]:
     t = random_transform(plan, 48, NUM_TYPES, seed=0)
     packed = pack_linear(t, torch.randn(11, 48), torch.randn(11), config)
-    return (
-        *(x, types, t.shift, t.channel_scale, t.left, t.right, t.clip, t.lowrank),
-        *(packed.weight, packed.weight_scale, packed.bias_table),
-        *(packed.branch_weight, packed.branch_scale),
-        *(list(t.widths), list(t.slice_of_type), 0, t.own_rank, config.qmax, config.types_json),
-    )
+    return linear_arguments(x, types, t, packed, config)
 
 
 @pytest.mark.parametrize("lead", LEADS, ids=str)
