@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -125,3 +126,18 @@ def test_of_each_stream_and_never_of_a_capture(fed: Any, monkeypatch: pytest.Mon
     assert no_types(root, ()) is not no_types(root, ())
     gpu.capturing = False
     assert no_types(root, ()) is second
+
+
+def test_a_binding_goes_with_its_weights(fed: Any) -> None:
+    """Another tensor may then be where a weight was."""
+    backend, _ = fed
+    layers = [nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 32)).eval() for _ in range(3)]
+    forward = torch.compile(lambda layer, x: layer(x), backend=backend)
+    with torch.no_grad():
+        for layer in layers:
+            forward(layer, torch.randn(3, 32))
+    known = backend.runner.bindings._known
+    assert len(known) == 3
+    del layer, layers[0]
+    gc.collect()
+    assert len(known) == 2
