@@ -423,43 +423,42 @@ def plus_branch(
     coefficients,
     branch,
     branch_scale_ptr,
-    weight_scale,
+    weight_scale_ptr,
     codes_ring,
     weight_ring,
     full,
     empty,
     step,
+    first_n,
+    N,
     R,
     ONE: gl.constexpr,
     GROUPS: gl.constexpr,
-    STEPS: gl.constexpr,
+    RANK: gl.constexpr,
     GROUP: gl.constexpr,
     layout: gl.constexpr,
 ):
-    """The sums of a group's outputs, in fp32, plus those of the branch, whose STEPS steps begin with ``step``."""
+    """The sums of a group's outputs, in fp32, plus those of the branch, whose steps begin with ``step``."""
     STAGES: gl.constexpr = weight_ring.shape[0] // GROUPS
-    COLUMNS: gl.constexpr = weight_ring.shape[2] // 2
-    gl.static_assert(STEPS <= STAGES)
+    ROWS: gl.constexpr = weight_ring.shape[1]
+    BLOCK_K: gl.constexpr = weight_ring.shape[2]
     left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout, k_width=2)
     total = gl.convert_layout(total.to(gl.float32), layout)  # the same threads have the same sums
-    of_sums = ONE / gl.convert_layout(weight_scale, gl.SliceLayout(1, left))
-    # All of them first: tensor cores at work across a loop make the assembler wait (C7512).
-    for ahead in gl.static_range(STEPS):
-        mbarrier.wait(full.index((step + ahead) % STAGES), ((step + ahead) // STAGES) & 1)
-    for number in gl.static_range(STEPS):
-        stage = (step + number) % STAGES
-        r = number * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, left))
+    n = first_n + gl.arange(0, ROWS, gl.SliceLayout(1, left))
+    of_sums = ONE / gl.load(weight_scale_ptr + n, n < N, 1.0)
+    for column in gl.static_range(0, RANK, BLOCK_K // 2):
+        r = column + gl.arange(0, BLOCK_K // 2, gl.SliceLayout(0, left))
         of_columns = gl.load(branch_scale_ptr + r, r < R, 0.0)
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
         weights = for_copy(weight_ring.index(GROUPS * stage + GROUP), branch).permute((1, 0))
         weights = weights.load(left).to(gl.float32) * of_columns[None, :] * of_sums[:, None]
         of_outputs = weights.to(gl.bfloat16)
         of_tokens = for_copy(codes_ring.index(2 * stage), coefficients).permute((1, 0))
-        if number > 0:  # which was multiplied while weights became bf16
-            total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
-            mbarrier.arrive(empty.index((step + number - 1) % STAGES))
         total = warpgroup_mma(of_outputs, of_tokens, total, is_async=True)
-    total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
-    mbarrier.arrive(empty.index((step + STEPS - 1) % STAGES))
+        total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
+        mbarrier.arrive(empty.index(stage))
+        step += 1
     return total
 
 
@@ -589,16 +588,18 @@ def multiply_tiles(
                     coefficients,
                     branch,
                     branch_scale_ptr,
-                    weight_scales[0],
+                    weight_scale_ptr,
                     codes_ring,
                     weight_ring,
                     full,
                     empty,
                     step,
+                    first_n,
+                    N,
                     R,
                     ONE,
                     GROUPS,
-                    BRANCH_STEPS,
+                    RANK,
                     GROUP,
                     product_layout(TOKENS, 16),
                 )
