@@ -85,8 +85,8 @@ def join_linears(graph: Graph) -> None:
         shared = (codes, scale, bias is None, types, tuple(sizes), tuple(slices), default, dtype)
         groups.setdefault((*shared, *branch[:1]), []).append(node)
     for linears in groups.values():
-        late = _late_operands(linears, place)
-        if len(linears) == 1 or late is None:
+        late = _late_operands(linears, place) if len(linears) > 1 else None
+        if late is None:
             continue
         for operand in late:
             linears[0].prepend(operand)

@@ -115,9 +115,13 @@ class Bindings:
 
     def _bind(self, key: tuple[int, ...], weights: Sequence[Any], args: Sequence[Any]) -> Binding:
         known = self._known
-        # It goes with the first of its weights: another tensor may then be where that was.
+
+        def forget(_: Any) -> None:
+            """With the first of its weights: another tensor may then be where that was."""
+            known.pop(key, None)
+
         refs: list[weakref.ref[Tensor] | None] = [
-            w if w is None else weakref.ref(w, lambda _: known.pop(key, None)) for w in weights
+            w if w is None else weakref.ref(w, forget) for w in weights
         ]
         compiled_for = [ref and ref() for _, ref in self.report.linears]
         rows = [row for row, _ in self.report.linears]

@@ -28,7 +28,7 @@ from torch import Tensor
 from freeact_fx.codegen.prologue import NO_PROLOGUE, Prologue
 from freeact_fx.codegen.tiles import transform_tile
 
-from .launches import Launch
+from .launches import Launch, multiprocessors_of
 from .transform_prologue import centred, load_token, shifted, sum_of, weighted
 
 _OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
@@ -362,9 +362,8 @@ def rows_in_memory(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-@functools.cache
 def _num_programs(device: torch.device) -> int:
     """A few programs for each multiprocessor; each keeps the matrices and walks over tokens."""
     if device.type != "cuda":
         return 2  # the interpreter runs one after the other
-    return 8 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 8 * multiprocessors_of(device)
