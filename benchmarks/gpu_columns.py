@@ -17,10 +17,19 @@ def measured(
     *,
     copies: int = 1,
     hide_launches: bool = True,
+    steps: int = 1,
 ) -> dict[str, Any]:
-    """Times of all columns, the host's part and the kernels of each, or why there are none."""
+    """Times of all columns, the host's part and the kernels of each, or why there are none.
+
+    steps  with more than one the time is that of a step among so many, issued without waiting for any;
+           ``alone_ms`` is then that of a step that is waited for
+    """
     calls = {name: v.call for name, v in variants.items() if v.call is not None}
     timings = bench.time(calls, copies=copies, hide_launches=hide_launches)
+    alone = timings if steps > 1 else {}
+    if alone:
+        loops = {name: bench.loop(call, steps) for name, call in calls.items()}
+        timings = bench.time(loops, copies=copies * steps, hide_launches=hide_launches)
     clocks = nvidia_smi(("clocks.sm", "clocks.mem", "power.draw")) if bench.on_gpu else {}
     columns = {}
     for name, variant in variants.items():
@@ -33,7 +42,9 @@ def measured(
         if name in timings:
             columns[name] |= vars(timings[name]) | {"host_ms": bench.host_ms(calls[name])}
             columns[name] |= bench.profiled(calls[name])
-    return {"variants": columns, "copies": copies, "clocks_after": clocks}
+        if name in alone:
+            columns[name]["alone_ms"] = alone[name].median_ms
+    return {"variants": columns, "copies": copies, "steps": steps, "clocks_after": clocks}
 
 
 def median_of(fields: Mapping[str, Any], name: str) -> float:

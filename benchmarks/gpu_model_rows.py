@@ -23,6 +23,10 @@ from torch import Tensor, nn
 import freeact_fx
 from freeact_fx.config import MAX_RANK
 
+def _steps(cache_length: int) -> int:
+    """How many steps of a generation loop are timed together: so many that the first one's launch does not count."""
+    return 16 if cache_length else 1
+
 
 @torch.no_grad()
 def model_row(
@@ -33,7 +37,8 @@ def model_row(
     share: float,
     cache_length: int,
 ) -> dict[str, Any]:
-    """One pass of a whole model in a CUDA graph, which is what torch's max-autotune makes of it too."""
+    """One pass of a whole model in a CUDA graph, which is what torch's max-autotune makes of it too. Steps with a cache,
+    which are short, follow each other as in a generation loop; beside that, a step that is waited for."""
     cuda_graph = True
     cache = (batch, cache_length) if cache_length else (0, 0)
     dense = random_decoder(shape, bench.device, cache)
@@ -46,7 +51,7 @@ def model_row(
     variants |= peers(
         bench, dense, inputs, against=[MAX_AUTOTUNE], cuda_graph=cuda_graph, expected=expected
     )
-    fields = measured(bench, variants, hide_launches=False)
+    fields = measured(bench, variants, hide_launches=False, steps=_steps(cache_length))
     quantized_bytes, bf16_bytes = linear_bytes(ours)
     facts = {
         "shape": {"batch": batch, "length": length, "cache": cache_length, **vars(shape)},
@@ -75,7 +80,7 @@ def model_plan_row(
         config.plan: _compiled(bench, shape, quantized_decoder(dense, config), inputs, expected)[0]
         for config in (branch, shape.config)
     }
-    fields = measured(bench, variants, hide_launches=False)
+    fields = measured(bench, variants, hide_launches=False, steps=_steps(cache_length))
     first, second = (median_of(fields, name) for name in variants)
     facts = {
         "shape": {"batch": batch, "length": length, "cache": cache_length, **vars(shape)},

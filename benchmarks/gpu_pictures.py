@@ -123,4 +123,5 @@ def _time(column: Mapping[str, Any]) -> str:
     if "median_ms" not in column:
         return f"({column['error']})".replace("|", "/")
     low, middle, high = (1e3 * column[n] for n in ("lower_ms", "median_ms", "upper_ms"))
-    return f"{middle:.1f} us ({low:.1f} to {high:.1f})"
+    alone = f", alone {1e3 * column['alone_ms']:.1f}" if "alone_ms" in column else ""
+    return f"{middle:.1f} us ({low:.1f} to {high:.1f}){alone}"

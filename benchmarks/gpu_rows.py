@@ -55,7 +55,7 @@ KEYS = {
     "sliced": Key(2.3, "sliced plan, types sorted, half of K each, against bf16, M = 8192"),
     "e2e_dllm": Key(1.4, "LLaDA-8B-shaped denoising step, 4 x 1024 tokens, against max-autotune bf16"),
     "e2e_vlm": Key(1.35, "Qwen2.5-VL-7B-shaped decoder prefill, 4096 tokens, 70 % vision, the same"),
-    "e2e_block32": Key(1.8, "the same models, 32 tokens a step, CUDA graphs"),
+    "e2e_block32": Key(1.8, "the same models, 32 tokens a step, CUDA graphs, step after step"),
     "memory": Key(0.28, "bytes of the quantised Linears over those in bf16", at_most=True),
 }  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 Device times between CUDA events, every variant once a round, median and quartiles. In front of each call the device
 spins for longer than the host needs to issue it, so that a time is the device's and not Python's; a whole model is
-timed without that, as its user sees it.
+timed without that, as its user sees it: alone, and its short steps also one after the other.
 
 Weights are cold in the L2 cache because each call goes through several Linears, as many as it takes to move three
 times the cache's size between two uses of a weight. Why not one Linear and a flush between calls: a CUDA graph holds
@@ -108,6 +108,16 @@ class Bench:
             return output
 
         return replay
+
+    def loop(self, call: Call, steps: int) -> Call:
+        """A call made so often without waiting for any, as a generation loop that picks its tokens on the device."""
+
+        def repeated() -> None:
+            for _ in range(steps):
+                _next_step()
+                call()
+
+        return repeated
 
     def keep_address(self, *tensors: Tensor) -> None:
         """Say that inputs stay where they are, so that a CUDA graph does not copy them at each replay."""

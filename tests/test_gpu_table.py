@@ -97,6 +97,17 @@ def test_all_linears_of_a_model_are_quantised_and_typed(
         assert counts["freeact::int_mm"] == 14
 
 
+def test_short_steps_are_timed_one_after_the_other_and_alone(
+    rehearsed: tuple[Path, dict[str, Any]],
+) -> None:
+    for row in rehearsed[1]["ratios"]["e2e_block32"]["rows"]:
+        columns = row["variants"]
+        assert row["steps"] == 16
+        assert row["value"] == columns[MAX_AUTOTUNE]["median_ms"] / columns["W4A4"]["median_ms"]
+        assert all(0 < column["alone_ms"] for column in columns.values() if "error" not in column)
+    assert row_of(rehearsed[1], "down_4096")["steps"] == 1
+
+
 def test_operators_are_marked_as_called_by_hand(rehearsed: tuple[Path, dict[str, Any]]) -> None:
     for key in ("product_small", "transform_vs_copy_narrow"):
         for row in rehearsed[1]["ratios"][key]["rows"]:
