@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import freeact_fx
 from freeact_fx.config import MAX_RANK
 
+
 def _steps(cache_length: int) -> int:
     """How many steps of a generation loop are timed together: so many that the first one's launch does not count."""
     return 16 if cache_length else 1
@@ -37,8 +38,8 @@ def model_row(
     share: float,
     cache_length: int,
 ) -> dict[str, Any]:
-    """One pass of a whole model in a CUDA graph, which is what torch's max-autotune makes of it too. Steps with a cache,
-    which are short, follow each other as in a generation loop; beside that, a step that is waited for."""
+    """One pass of a whole model in a CUDA graph, which is what torch's max-autotune makes of it too. Steps with a
+    cache, which are short, follow each other as in a generation loop; beside that, a step that is waited for."""
     cuda_graph = True
     cache = (batch, cache_length) if cache_length else (0, 0)
     dense = random_decoder(shape, bench.device, cache)

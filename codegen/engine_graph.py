@@ -14,7 +14,7 @@ On Hopper a branch's transform is one that leaves its values in bf16, and ``engi
 Elsewhere, and where something else is among them, they stay pointwise ops that Inductor makes the epilogue of the
 product's template.
 
-Under ``mode="max-autotune"`` the tiles of the ``engine_linear``s are measured (``tune_linear``). ``fold_prologue`` puts
+Under ``mode="max-autotune"`` the tiles of both are measured (``tune_linear``). ``fold_prologue`` puts
 norms and activations into the transforms.
 """
 
@@ -66,9 +66,9 @@ def use_engine_ops(graph: Graph, *, tune: bool = False) -> None:
             _mark(graph, output)
     graph.eliminate_dead_code()
     fold_norms(graph)
+    join_linears(graph)
     if tune:
         tune_linears(graph)
-    join_linears(graph)
     graph.lint()
 
 

@@ -208,6 +208,21 @@ def predicted_us(
     return max(rounds * each, reading) + summing
 
 
+# Linears of one input that a launch of the same kernel takes, if there are few tokens.
+MOST_TOGETHER = 3
+_TOGETHER_TOKENS = 64
+
+
+def run_together(num_tokens: int, num_linears: int, spills: bool = False) -> bool:
+    """Whether Linears of one input are one launch: with few tokens one that follows another would begin to read its
+    weights late.
+
+    spills  e4m3 codes and a branch, whose sums leave no registers for what several Linears need
+    """
+    few = num_tokens <= _TOGETHER_TOKENS and num_linears <= MOST_TOGETHER and not spills
+    return num_linears == 1 or few
+
+
 # Of the same kernel, which keeps the rows of the bias table of all types in registers.
 MOST_TYPES = 16
 

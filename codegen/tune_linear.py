@@ -16,7 +16,7 @@ from freeact_fx.reference import pack_int4
 from freeact_fx.transform import kronecker_shape, orthogonal_transform
 
 from .engine_ops import E4M3, engine_transform_quantize, is_hopper
-from .tiles import PROMOTED, TileConfig, hopper_tiles, predicted_us
+from .tiles import PROMOTED, TileConfig, hopper_tiles, predicted_us, run_together
 from .tuning import Problem, gpu_name, known_tile, problem_of, tune
 
 # Of the tiles whose time is predicted to be shortest; the prediction is seldom off by more than a half.
@@ -27,19 +27,25 @@ _FEW_TOKENS = 64
 
 
 def tune_linears(graph: Graph) -> None:
-    """Measure, once per machine, for every ``engine_linear`` of a graph and the number of tokens of its first call."""
+    """Measure, once per machine, for every launch of a graph's ``engine_linear`` and ``engine_linears``, and the number
+    of tokens of its first call."""
     for node in graph.nodes:
-        if node.target is not torch.ops.freeact.engine_linear.default:
+        if node.target not in (
+            torch.ops.freeact.engine_linear.default,
+            torch.ops.freeact.engine_linears.default,
+        ):
             continue
-        codes: Any
-        weight: Any
-        codes, _, weight = (n.meta["val"] for n in node.args[:3])
+        weights: Any = node.args[2] if isinstance(node.args[2], list) else [node.args[2]]
+        codes: Any = node.args[0].meta["val"]  # type: ignore[union-attr]
         if is_hopper(codes.device):
             num_tokens = 1
             for size in codes.shape[:-1]:
                 num_tokens *= size.node.hint if isinstance(size, torch.SymInt) else size
-            slices = node.args[6]
-            tune_linear(num_tokens, weight.shape[0], slices, codes.dtype, codes.device)
+            outputs = [weight.meta["val"].shape[0] for weight in weights]
+            if run_together(num_tokens, len(outputs)):
+                outputs = [sum(outputs)]
+            for num_outputs in outputs:
+                tune_linear(num_tokens, num_outputs, node.args[6], codes.dtype, codes.device)
 
 
 def tune_linear(

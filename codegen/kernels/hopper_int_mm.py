@@ -4,8 +4,8 @@ The same arithmetic on the same buffers as ``int_mm``. One warp copies tiles int
 groups of four warps take a part of the outputs each: they unpack weights into registers, multiply, scale, and write the
 tile out while the next one is loaded. Programs are persistent, one or two per multiprocessor.
 
-Barriers: ``full`` counts the bytes of a stage that have arrived, ``empty`` one arrival from each group. Each group
-has a barrier arrival of its own: with eight warps in one group some arrive before others have read.
+Barriers: the first of a stage counts the bytes that have arrived, the second one arrival from each group that has read
+them: with eight warps in one group some would arrive before others have read.
 
 Where there are too few tiles for the chip, K is split among programs. Each leaves its sum in memory and counts itself;
 the last one adds what the others left, and does the epilogue. Weights are on their way before the kernel before is done
@@ -14,9 +14,10 @@ in the way of those that are waited for, and what comes a kernel too early is ev
 Tiles of few tokens take less than half of a multiprocessor, so that the transform after them and the next Linear's
 weights need not wait for their end.
 
-Linears of one input (q, k, v) run side by side. The first one (LEADS) lets the next start when it need not wait any
-more, so that those that follow (FOLLOWS) find all that they read; they wait for the one before at their end, so that
-what comes after the last of them comes after all.
+Linears of one input (q, k, v) are one launch if there are few tokens: its programs share the tiles of all, and all
+weights are on their way before the kernel before is done. With more tokens they run side by side. The first one (LEADS)
+lets the next start when it need not wait any more, so that those that follow (FOLLOWS) find all that they read; they
+wait for the one before at their end, so that what comes after the last of them comes after all.
 
 e4m3 codes differ in unpacking and in the accumulator. With PROMOTED the sum of a step is added to the rest in fp32, as
 in ``int_mm``; registers hold both, so tiles are smaller. Without, all is left to the tensor core.
@@ -50,7 +51,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from freeact_fx.codegen.tiles import PROMOTED, TileConfig, choose_hopper_tile
+from freeact_fx.codegen.tiles import (
+    MOST_TOGETHER,
+    PROMOTED,
+    TileConfig,
+    choose_hopper_tile,
+    run_together,
+)
 from freeact_fx.codegen.tuning import gpu_name, known_tile, problem_of
 
 from .gluon_names import barrier, load_tile, store_tile
@@ -132,6 +139,79 @@ def tile_of(index, num_m, num_n, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
+def those_given(first, second, third):
+    """What there is of each Linear of a launch: a tuple without None."""
+    given = ()
+    if first is not None:
+        given = (first,)  # type: ignore[assignment]
+    if second is not None:
+        given = (first, second)  # type: ignore[assignment]
+    if third is not None:
+        given = (first, second, third)  # type: ignore[assignment]
+    return given
+
+
+@gluon.jit
+def tiles_of(sizes, ROWS: gl.constexpr):
+    """How many tiles of outputs each Linear has."""
+    nums_n = ()
+    for number in gl.static_range(len(sizes)):
+        nums_n = nums_n + (gl.cdiv(sizes[number], ROWS),)  # type: ignore[assignment]  # noqa: RUF005 (Triton unpacks no tuple)
+    return nums_n
+
+
+@gluon.jit
+def num_tiles(num_m, nums_n):
+    total = num_m * nums_n[0]
+    for number in gl.static_range(1, len(nums_n)):
+        total += num_m * nums_n[number]
+    return total
+
+
+@gluon.jit
+def place_of(tile, num_m, nums_n, GROUP_M: gl.constexpr):
+    """To which Linear a tile of all belongs, and where it is there."""
+    which, first, num_n, end = 0, 0, nums_n[0], num_m * nums_n[0]
+    for number in gl.static_range(1, len(nums_n)):
+        is_later = tile >= end
+        which = gl.where(is_later, number, which)
+        first = gl.where(is_later, end, first)
+        num_n = gl.where(is_later, nums_n[number], num_n)
+        end += num_m * nums_n[number]
+    tile_m, tile_n = tile_of(tile - first, num_m, num_n, GROUP_M)
+    return which, tile_m, tile_n
+
+
+@gluon.jit
+def of_linear(values, which):
+    """The one of a Linear's pointers or numbers that ``which`` says."""
+    found = values[0]
+    for number in gl.static_range(1, len(values)):
+        found = gl.where(which == number, values[number], found)
+    return found
+
+
+@gluon.jit
+def load_tile_of(descriptors, which, place, arrived, target):
+    if len(descriptors) == 1:
+        load_tile(descriptors[0], place, arrived, target)
+    else:
+        for number in gl.static_range(len(descriptors)):
+            if which == number:
+                load_tile(descriptors[number], place, arrived, target)
+
+
+@gluon.jit
+def store_tile_of(descriptors, which, place, source):
+    if len(descriptors) == 1:
+        store_tile(descriptors[0], place, source)
+    else:
+        for number in gl.static_range(len(descriptors)):
+            if which == number:
+                store_tile(descriptors[number], place, source)
+
+
+@gluon.jit
 def types_of(type_ptr, m, M, NUM_TYPES: gl.constexpr):
     token_type = gl.load(type_ptr + m, m < M, 0).to(gl.int32)
     return gl.where(token_type < 0, token_type + NUM_TYPES, token_type)
@@ -194,18 +274,15 @@ def for_copy(tile, descriptor):
 @gluon.jit
 def copy_tiles(
     codes,
-    weight,
+    weights,
     coefficients,
-    branch,
+    branches,
     type_ptr,
     codes_ring,
     weight_ring,
-    full,
-    empty,
+    barriers,
     M,
-    N,
-    num_m,
-    num_n,
+    sizes,
     num_even,
     DEFAULT_TYPE: gl.constexpr,
     SLICE_OF_TYPE: gl.constexpr,
@@ -223,22 +300,24 @@ def copy_tiles(
     BLOCK_K: gl.constexpr = weight_ring.shape[2]
     BLOCK_M: gl.constexpr = codes_ring.shape[1]
     STEP_BYTES: gl.constexpr = (GROUPS * ROWS + 2 * BLOCK_M) * BLOCK_K
+    num_m, nums_n = gl.cdiv(M, BLOCK_M), tiles_of(sizes, GROUPS * ROWS)
     # Weights of the first steps do not depend on the kernel before; with slices types say which, and they may.
     num_ahead = 0
     if len(SLICE_STARTS) == 1:
         item = gl.program_id(0)
-        tile_m, tile_n = tile_of(item // SPLIT_K, num_m, num_n, GROUP_M)
+        which, tile_m, tile_n = place_of(item // SPLIT_K, num_m, nums_n, GROUP_M)
         first, last = part_of(0, num_even, item % SPLIT_K, BLOCK_K, SPLIT_K)
         num_ahead = gl.minimum((last - first) // BLOCK_K, STAGES)
         for stage in range(0, num_ahead):
-            mbarrier.expect(full.index(stage), STEP_BYTES)
+            mbarrier.expect(barriers.index(stage), STEP_BYTES)
             byte = first + stage * BLOCK_K
             for group in gl.static_range(GROUPS):
                 row = (tile_n * GROUPS + group) * ROWS
-                load_tile(
-                    weight,
+                load_tile_of(
+                    weights,
+                    which,
                     [row, byte],
-                    full.index(stage),
+                    barriers.index(stage),
                     weight_ring.index(GROUPS * stage + group),
                 )
     if not FOLLOWS:
@@ -246,8 +325,8 @@ def copy_tiles(
     if LEADS:
         allow_next_kernel()
     step = 0
-    for item in range(gl.program_id(0), num_m * num_n * SPLIT_K, gl.num_programs(0)):
-        tile_m, tile_n = tile_of(item // SPLIT_K, num_m, num_n, GROUP_M)
+    for item in range(gl.program_id(0), num_tiles(num_m, nums_n) * SPLIT_K, gl.num_programs(0)):
+        which, tile_m, tile_n = place_of(item // SPLIT_K, num_m, nums_n, GROUP_M)
         first, last = bytes_of_tile(
             type_ptr,
             tile_m,
@@ -263,28 +342,27 @@ def copy_tiles(
         first, last = part_of(first, last, item % SPLIT_K, BLOCK_K, SPLIT_K)
         for byte in range(first, last, BLOCK_K):
             stage = step % STAGES
-            arrived = full.index(stage)
+            arrived = barriers.index(stage)
             if step >= num_ahead:
-                mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+                mbarrier.wait(barriers.index(STAGES + stage), ((step // STAGES) & 1) ^ 1)
                 mbarrier.expect(arrived, STEP_BYTES)
                 for group in gl.static_range(GROUPS):
                     row = (tile_n * GROUPS + group) * ROWS
-                    load_tile(
-                        weight, [row, byte], arrived, weight_ring.index(GROUPS * stage + group)
-                    )
+                    target = weight_ring.index(GROUPS * stage + group)
+                    load_tile_of(weights, which, [row, byte], arrived, target)
             row = tile_m * BLOCK_M
             load_tile(codes, [row, byte], arrived, codes_ring.index(2 * stage))
             load_tile(codes, [row, num_even + byte], arrived, codes_ring.index(2 * stage + 1))
             step += 1
         for column in gl.static_range(0, RANK, BLOCK_K // 2):
             stage = step % STAGES
-            arrived = full.index(stage)
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            arrived = barriers.index(stage)
+            mbarrier.wait(barriers.index(STAGES + stage), ((step // STAGES) & 1) ^ 1)
             mbarrier.expect(arrived, (GROUPS * ROWS // 2 + BLOCK_M) * BLOCK_K)
             for group in gl.static_range(GROUPS):
                 first_n = (tile_n * GROUPS + group) * ROWS
-                target = for_copy(weight_ring.index(GROUPS * stage + group), branch)
-                load_tile(branch, [column, first_n], arrived, target)
+                target = for_copy(weight_ring.index(GROUPS * stage + group), branches[0])
+                load_tile_of(branches, which, [column, first_n], arrived, target)
             target = for_copy(codes_ring.index(2 * stage), coefficients)
             load_tile(coefficients, [tile_m * BLOCK_M, column], arrived, target)
             step += 1
@@ -426,14 +504,13 @@ def plus_branch(
     weight_scale_ptr,
     codes_ring,
     weight_ring,
-    full,
-    empty,
+    barriers,
     step,
     first_n,
     N,
-    R,
     ONE: gl.constexpr,
     GROUPS: gl.constexpr,
+    R: gl.constexpr,
     RANK: gl.constexpr,
     GROUP: gl.constexpr,
     layout: gl.constexpr,
@@ -450,27 +527,27 @@ def plus_branch(
         r = column + gl.arange(0, BLOCK_K // 2, gl.SliceLayout(0, left))
         of_columns = gl.load(branch_scale_ptr + r, r < R, 0.0)
         stage = step % STAGES
-        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        mbarrier.wait(barriers.index(stage), (step // STAGES) & 1)
         weights = for_copy(weight_ring.index(GROUPS * stage + GROUP), branch).permute((1, 0))
         weights = weights.load(left).to(gl.float32) * of_columns[None, :] * of_sums[:, None]
         of_outputs = weights.to(gl.bfloat16)
         of_tokens = for_copy(codes_ring.index(2 * stage), coefficients).permute((1, 0))
         total = warpgroup_mma(of_outputs, of_tokens, total, is_async=True)
         total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
-        mbarrier.arrive(empty.index(stage))
+        mbarrier.arrive(barriers.index(STAGES + stage))
         step += 1
     return total
 
 
 @gluon.jit
 def multiply_tiles(
-    out,
+    outs,
     coefficients,
     branch,
-    branch_scale_ptr,
+    branch_scale_ptrs,
     scale_ptr,
-    weight_scale_ptr,
-    bias_ptr,
+    weight_scale_ptrs,
+    bias_ptrs,
     type_ptr,
     partial_ptr,
     counter_ptr,
@@ -479,13 +556,9 @@ def multiply_tiles(
     out_tiles,
     scale_tiles,
     type_tiles,
-    full,
-    empty,
+    barriers,
     M,
-    N,
-    R,
-    num_m,
-    num_n,
+    sizes,
     num_even,
     DEFAULT_TYPE: gl.constexpr,
     SLICE_OF_TYPE: gl.constexpr,
@@ -495,6 +568,7 @@ def multiply_tiles(
     SPLIT_K: gl.constexpr,
     FOLLOWS: gl.constexpr,
     PROMOTED: gl.constexpr,
+    R: gl.constexpr,
     RANK: gl.constexpr,
     ONE: gl.constexpr,
     GROUP: gl.constexpr,
@@ -510,15 +584,16 @@ def multiply_tiles(
     E4M3: gl.constexpr = codes_ring.dtype == gl.float8e4nv
     BRANCH_STEPS: gl.constexpr = (2 * RANK + BLOCK_K - 1) // BLOCK_K
     NUM_SLICES: gl.constexpr = len(SLICE_STARTS)
-    TYPED: gl.constexpr = type_ptr is not None and (bias_ptr is not None or NUM_SLICES > 1)
+    TYPED: gl.constexpr = type_ptr is not None and (len(bias_ptrs) > 0 or NUM_SLICES > 1)
     PART: gl.constexpr = BLOCK_M if BLOCK_M < 32 else 32
     lanes: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     scales, types = scale_tiles.index(GROUP), type_tiles.index(GROUP)
+    num_m, nums_n = gl.cdiv(M, BLOCK_M), tiles_of(sizes, GROUPS * ROWS)
     if not FOLLOWS:
         wait_for_previous_kernel()
     step = 0
-    for item in range(gl.program_id(0), num_m * num_n * SPLIT_K, gl.num_programs(0)):
-        tile_m, tile_n = tile_of(item // SPLIT_K, num_m, num_n, GROUP_M)
+    for item in range(gl.program_id(0), num_tiles(num_m, nums_n) * SPLIT_K, gl.num_programs(0)):
+        which, tile_m, tile_n = place_of(item // SPLIT_K, num_m, nums_n, GROUP_M)
         first, last = bytes_of_tile(
             type_ptr,
             tile_m,
@@ -533,6 +608,10 @@ def multiply_tiles(
         )
         first, last = part_of(first, last, item % SPLIT_K, BLOCK_K, SPLIT_K)
         first_m, first_n = tile_m * BLOCK_M, (tile_n * GROUPS + GROUP) * ROWS
+        N, weight_scale_ptr = of_linear(sizes, which), of_linear(weight_scale_ptrs, which)
+        bias_ptr = None
+        if len(bias_ptrs) > 0:
+            bias_ptr = of_linear(bias_ptrs, which)
         # What the epilogue needs is on its way during the products.
         m = first_m + gl.arange(0, BLOCK_M, lanes)
         scale = gl.load(scale_ptr + m, m < M, 0.0)
@@ -546,7 +625,7 @@ def multiply_tiles(
         total = gl.zeros((ROWS, BLOCK_M), gl.float32 if E4M3 else gl.int32, layout)
         for _byte in range(first, last, BLOCK_K):
             stage = step % STAGES
-            mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+            mbarrier.wait(barriers.index(stage), (step // STAGES) & 1)
             packed = weight_ring.index(GROUPS * stage + GROUP).load(left)
             even_codes = codes_ring.index(2 * stage).permute((1, 0))
             odd_codes = codes_ring.index(2 * stage + 1).permute((1, 0))
@@ -565,7 +644,7 @@ def multiply_tiles(
                 total = warpgroup_mma(even, even_codes, total, is_async=True)
                 total = warpgroup_mma(odd, odd_codes, total, is_async=True)
                 total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
-            mbarrier.arrive(empty.index(stage))
+            mbarrier.arrive(barriers.index(STAGES + stage))
             step += 1
         if PROMOTED:  # whose registers are full during them
             weight_scales, biases = rows_of_outputs(
@@ -587,18 +666,17 @@ def multiply_tiles(
                     total,
                     coefficients,
                     branch,
-                    branch_scale_ptr,
+                    of_linear(branch_scale_ptrs, which),
                     weight_scale_ptr,
                     codes_ring,
                     weight_ring,
-                    full,
-                    empty,
+                    barriers,
                     step,
                     first_n,
                     N,
-                    R,
                     ONE,
                     GROUPS,
+                    R,
                     RANK,
                     GROUP,
                     product_layout(TOKENS, 16),
@@ -615,12 +693,12 @@ def multiply_tiles(
                 E4M3,
             )
             fence_async_shared()
-            store_tile(out, [first_m, first_n], out_tiles.index(GROUP))
+            store_tile_of(outs, which, [first_m, first_n], out_tiles.index(GROUP))
         elif RANK > 0:
             for ahead in gl.static_range(BRANCH_STEPS):
                 unread = (step + ahead) % STAGES
-                mbarrier.wait(full.index(unread), ((step + ahead) // STAGES) & 1)
-                mbarrier.arrive(empty.index(unread))
+                mbarrier.wait(barriers.index(unread), ((step + ahead) // STAGES) & 1)
+                mbarrier.arrive(barriers.index(STAGES + unread))
         step += BRANCH_STEPS
     tma.store_wait(0)
 
@@ -630,18 +708,31 @@ def hopper_linear_kernel(
     codes,  # descriptor of [M, K] int8 or e4m3, engine order
     weight,  # descriptor of [N, bytes] int8
     out,  # descriptor of [M, N]
-    coefficients,  # descriptor of [M, RANK] bf16, or None
     branch,  # descriptor of [R, N] int8, or None
     branch_scale_ptr,  # [R] fp32, or None
-    scale_ptr,  # [M] fp32
     weight_scale_ptr,  # [S, N] fp32
     bias_ptr,  # [P, N] fp32, or None
+    N,
+    weight_1,  # the same of a second Linear, or None
+    out_1,
+    branch_1,
+    branch_scale_ptr_1,
+    weight_scale_ptr_1,
+    bias_ptr_1,
+    N_1,
+    weight_2,  # ... and of a third
+    out_2,
+    branch_2,
+    branch_scale_ptr_2,
+    weight_scale_ptr_2,
+    bias_ptr_2,
+    N_2,
+    coefficients,  # descriptor of [M, RANK] bf16, or None
+    scale_ptr,  # [M] fp32
     type_ptr,  # [M] int, or None: all tokens are DEFAULT_TYPE
     partial_ptr,  # [tiles, GROUPS, SPLIT_K, ROWS, BLOCK_M] as sums are, or None if K is not split
     counter_ptr,  # [tiles, GROUPS] int32 of zeros, which it leaves as such, or None
     M,
-    N,
-    R,
     num_even,
     DEFAULT_TYPE: gl.constexpr,
     SLICE_OF_TYPE: gl.constexpr,
@@ -657,7 +748,8 @@ def hopper_linear_kernel(
     FOLLOWS: gl.constexpr,  # the kernel before is one
     GROUP_REGISTERS: gl.constexpr,
     PROMOTED: gl.constexpr,
-    RANK: gl.constexpr,  # R, and zeros behind it up to a multiple of 8; 0: no branch
+    R: gl.constexpr,  # columns of the branch
+    RANK: gl.constexpr,  # as many, and zeros behind it up to a multiple of 8; 0: no branch
     ONE: gl.constexpr,  # in units of the sums
     num_warps: gl.constexpr,
 ):
@@ -673,31 +765,36 @@ def hopper_linear_kernel(
     by_token: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     scale_tiles = gl.allocate_shared_memory(gl.float32, [GROUPS, BLOCK_M], by_token)
     type_tiles = gl.allocate_shared_memory(gl.int8, [GROUPS, BLOCK_M], by_token)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    barriers = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=GROUPS)
-    num_m, num_n = gl.cdiv(M, BLOCK_M), gl.cdiv(N, GROUPS * ROWS)
+        mbarrier.init(barriers.index(stage), count=1)
+        mbarrier.init(barriers.index(STAGES + stage), count=GROUPS)
+    weights = those_given(weight, weight_1, weight_2)
+    outs = those_given(out, out_1, out_2)
+    branches = those_given(branch, branch_1, branch_2)
+    branch_scale_ptrs = those_given(branch_scale_ptr, branch_scale_ptr_1, branch_scale_ptr_2)
+    weight_scale_ptrs = those_given(weight_scale_ptr, weight_scale_ptr_1, weight_scale_ptr_2)
+    bias_ptrs = those_given(bias_ptr, bias_ptr_1, bias_ptr_2)
+    sizes = those_given(N, N_1, N_2)
     # The first group has the registers that are left. Why all in full: a tuple in a variable loses what is None.
     # fmt: off
     if GROUPS == 2:
         gl.warp_specialize([
             (multiply_tiles, (
-                out, coefficients, branch, branch_scale_ptr, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
+                outs, coefficients, branch, branch_scale_ptrs, scale_ptr, weight_scale_ptrs, bias_ptrs, type_ptr,
                 partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
-                full, empty, M, N, R, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
-                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, RANK, ONE, 0,
+                barriers, M, sizes, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
+                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, R, RANK, ONE, 0,
             )),
             (multiply_tiles, (
-                out, coefficients, branch, branch_scale_ptr, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
+                outs, coefficients, branch, branch_scale_ptrs, scale_ptr, weight_scale_ptrs, bias_ptrs, type_ptr,
                 partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
-                full, empty, M, N, R, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
-                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, RANK, ONE, 1,
+                barriers, M, sizes, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
+                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, R, RANK, ONE, 1,
             )),
             (copy_tiles, (
-                codes, weight, coefficients, branch, type_ptr, codes_ring, weight_ring, full, empty,
-                M, N, num_m, num_n, num_even,
+                codes, weights, coefficients, branches, type_ptr, codes_ring, weight_ring, barriers,
+                M, sizes, num_even,
                 DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, LEADS, FOLLOWS, RANK,
             )),
         ], [4, 1], [GROUP_REGISTERS, 24])
@@ -705,26 +802,26 @@ def hopper_linear_kernel(
         gl.static_assert(GROUPS == 3)
         gl.warp_specialize([
             (multiply_tiles, (
-                out, coefficients, branch, branch_scale_ptr, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
+                outs, coefficients, branch, branch_scale_ptrs, scale_ptr, weight_scale_ptrs, bias_ptrs, type_ptr,
                 partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
-                full, empty, M, N, R, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
-                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, RANK, ONE, 0,
+                barriers, M, sizes, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
+                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, R, RANK, ONE, 0,
             )),
             (multiply_tiles, (
-                out, coefficients, branch, branch_scale_ptr, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
+                outs, coefficients, branch, branch_scale_ptrs, scale_ptr, weight_scale_ptrs, bias_ptrs, type_ptr,
                 partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
-                full, empty, M, N, R, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
-                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, RANK, ONE, 1,
+                barriers, M, sizes, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
+                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, R, RANK, ONE, 1,
             )),
             (multiply_tiles, (
-                out, coefficients, branch, branch_scale_ptr, scale_ptr, weight_scale_ptr, bias_ptr, type_ptr,
+                outs, coefficients, branch, branch_scale_ptrs, scale_ptr, weight_scale_ptrs, bias_ptrs, type_ptr,
                 partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
-                full, empty, M, N, R, num_m, num_n, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
-                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, RANK, ONE, 2,
+                barriers, M, sizes, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
+                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, R, RANK, ONE, 2,
             )),
             (copy_tiles, (
-                codes, weight, coefficients, branch, type_ptr, codes_ring, weight_ring, full, empty,
-                M, N, num_m, num_n, num_even,
+                codes, weights, coefficients, branches, type_ptr, codes_ring, weight_ring, barriers,
+                M, sizes, num_even,
                 DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, LEADS, FOLLOWS, RANK,
             )),
         ], [4, 4, 1], [GROUP_REGISTERS, GROUP_REGISTERS, 24])
@@ -757,6 +854,10 @@ def layouts(
         shared([tile.block_m, tile.block_k // 2], gl.bfloat16),
         shared([tile.block_k // 2, tile.rows], gl.int8),
     )
+
+
+# weight, weight_scale, bias_table, branch_weight, branch_scale
+_Linear = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 def hopper_linear(
@@ -812,7 +913,7 @@ def hopper_linear(
 def hopper_linears(
     codes: Tensor,
     scale: Tensor,
-    linears: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]],
+    linears: Sequence[_Linear],
     token_type: Tensor | None,
     slice_sizes: Sequence[int],
     slice_of_type: Sequence[int],
@@ -822,80 +923,104 @@ def hopper_linears(
     promoted: bool | None = None,
     coefficients: Tensor | None = None,
 ) -> list[Tensor]:
-    """Linears of one input side by side; ``hopper_linear`` says what is what.
+    """Linears of one input, in one launch or side by side; ``hopper_linear`` says what is what.
 
-    linears  weight, weight_scale, bias_table, branch_weight and branch_scale of each
+    tile  of each launch
 
     Returns [M, N] of ``dtype`` for each, N its number of outputs.
     """
-    num_tokens, num_codes = codes.shape
-    num_multiprocessors = multiprocessors_of(codes.device)
-    if promoted is None:
-        promoted = PROMOTED and codes.dtype != torch.int8
+    num_tokens = codes.shape[0]
     outputs = [
         torch.empty(num_tokens, weight.shape[0], dtype=dtype, device=codes.device)
         for weight, *_ in linears
     ]
     if num_tokens == 0:
         return outputs
+    if promoted is None:
+        promoted = PROMOTED and codes.dtype != torch.int8
     static = (default_type, tuple(slice_of_type), tuple(slice_sizes))
-    one = ONE_IN_SUMS[codes.dtype]
+    of_tokens = (codes, scale, token_type, coefficients)
+    each = list(zip(linears, outputs, strict=True))
+    together = run_together(num_tokens, len(linears), promoted and coefficients is not None)
+    launches = [each] if together else [[one] for one in each]
     # Sums of parts, and counters, are not to be shared by kernels that run at a time.
     partials, used = [], 0
-    for number, (linear, out) in enumerate(zip(linears, outputs, strict=True)):
-        weight, weight_scale, bias_table, branch_weight, branch_scale = linear
-        num_outputs = weight.shape[0]
-        chosen = tile or known_tile(
-            problem_of(num_tokens, num_outputs, slice_sizes, codes.dtype), gpu_name(codes.device)
-        )
-        chosen = chosen or choose_hopper_tile(
-            num_tokens, num_outputs, num_codes, num_multiprocessors, promoted=promoted
-        )
-        of_codes, of_weight, of_out, of_coefficients, of_branch = layouts(
-            chosen, dtype, codes.dtype
-        )
-        rank, num_columns, branch = 0, 0, (None, None)
+    for number, some in enumerate(launches):
+        leads, follows = number == 0 and len(launches) > 1, number > 0
+        partial, counted = _launch(of_tokens, some, static, tile, promoted, used, leads, follows)
+        partials.append(partial)
+        used += counted
+    return outputs
+
+
+def _launch(
+    of_tokens: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    linears: Sequence[tuple[_Linear, Tensor]],
+    static: tuple[int, tuple[int, ...], tuple[int, ...]],
+    tile: TileConfig | None,
+    promoted: bool,
+    used: int,
+    leads: bool,
+    follows: bool,
+) -> tuple[Tensor | None, int]:
+    """Run the kernel for up to three Linears, each with its output; returns the sums of parts, if K is split, and how
+    many counters behind ``used`` it took."""
+    codes, scale, token_type, coefficients = of_tokens
+    num_tokens, num_codes = codes.shape
+    num_multiprocessors = multiprocessors_of(codes.device)
+    num_outputs = sum(out.shape[1] for _, out in linears)
+    tile = tile or known_tile(
+        problem_of(num_tokens, num_outputs, static[2], codes.dtype), gpu_name(codes.device)
+    )
+    tile = tile or choose_hopper_tile(
+        num_tokens, num_outputs, num_codes, num_multiprocessors, promoted=promoted
+    )
+    described = TensorDescriptor.from_tensor
+    columns = tile.block_k // 2
+    of_codes, of_weight, of_out, of_coefficients, of_branch = layouts(
+        tile, linears[0][1].dtype, codes.dtype
+    )
+    rank = num_columns = tiles = 0
+    operands: list[Any] = []
+    for (weight, weight_scale, bias_table, branch_weight, branch_scale), out in linears:
+        branch = None
         if coefficients is not None and branch_weight is not None:
             rank, num_columns = coefficients.shape[1], branch_weight.shape[0]
-            columns = chosen.block_k // 2
-            branch = (
-                TensorDescriptor.from_tensor(
-                    coefficients, [chosen.block_m, columns], of_coefficients
-                ),
-                TensorDescriptor.from_tensor(branch_weight, [columns, chosen.rows], of_branch),
-            )
-        weight = weight.view(torch.int8)
-        tiles = -(-num_tokens // chosen.block_m) * -(-num_outputs // chosen.block_n)
-        partial = counter = None
-        if chosen.split_k > 1:
-            size = tiles * chosen.split_k * chosen.block_m * chosen.block_n
-            partial = torch.empty(size, dtype=partial_dtype(codes.dtype), device=codes.device)
-            partials.append(partial)
-            counter = counters(codes.device, chosen.groups * tiles, used)
-            used += chosen.groups * tiles
-        launch = _launch_of(
-            chosen, promoted, *static, rank, one, number == 0 and len(linears) > 1, number > 0
-        )
-        launch(
-            codes.device,
-            min(tiles * chosen.split_k, num_multiprocessors * chosen.programs),
-            TensorDescriptor.from_tensor(codes, [chosen.block_m, chosen.block_k], of_codes),
-            TensorDescriptor.from_tensor(weight, [chosen.rows, chosen.block_k], of_weight),
-            TensorDescriptor.from_tensor(out, [chosen.block_m, chosen.rows], of_out),
-            *branch,
+            branch = described(branch_weight, [columns, tile.rows], of_branch)
+        tiles += -(-num_tokens // tile.block_m) * -(-out.shape[1] // tile.block_n)
+        operands += [
+            described(weight.view(torch.int8), [tile.rows, tile.block_k], of_weight),
+            described(out, [tile.block_m, tile.rows], of_out),
+            branch,
             branch_scale,
-            scale,
             weight_scale,
             bias_table,
-            token_type,
-            partial,
-            counter,
-            num_tokens,
-            num_outputs,
-            num_columns,
-            num_codes // 2,
-        )
-    return outputs
+            out.shape[1],
+        ]
+    operands += [None] * (len(operands) // len(linears) * (MOST_TOGETHER - len(linears)))
+    partial = counter = None
+    num_counters = 0
+    if tile.split_k > 1:
+        size = tiles * tile.split_k * tile.block_m * tile.block_n
+        partial = torch.empty(size, dtype=partial_dtype(codes.dtype), device=codes.device)
+        num_counters = tile.groups * tiles
+        counter = counters(codes.device, num_counters, used)
+    ranks = num_columns, rank
+    launch = _launch_of(tile, promoted, *static, ranks, ONE_IN_SUMS[codes.dtype], leads, follows)
+    launch(
+        codes.device,
+        min(tiles * tile.split_k, num_multiprocessors * tile.programs),
+        described(codes, [tile.block_m, tile.block_k], of_codes),
+        *operands,
+        described(coefficients, [tile.block_m, columns], of_coefficients) if rank else None,
+        scale,
+        token_type,
+        partial,
+        counter,
+        num_tokens,
+        num_codes // 2,
+    )
+    return partial, num_counters
 
 
 @functools.cache
@@ -905,7 +1030,7 @@ def _launch_of(
     default_type: int,
     slice_of_type: tuple[int, ...],
     slice_sizes: tuple[int, ...],
-    rank: int,
+    ranks: tuple[int, int],
     one: float,
     leads: bool,
     follows: bool,
@@ -925,7 +1050,8 @@ def _launch_of(
         LEADS=leads,
         FOLLOWS=follows,
         PROMOTED=promoted,
-        RANK=rank,
+        R=ranks[0],
+        RANK=ranks[1],
         ONE=one,
         num_warps=tile.num_warps,
         **registers(tile),

@@ -354,7 +354,9 @@ def atomic_add(pointer: Pointer, value: Any, **_: Any) -> Value:
     return before
 
 
-def where(condition: Any, one: Any, other: Any) -> Value:
+def where(condition: Any, one: Any, other: Any) -> Any:
+    if isinstance(one, Pointer):  # of all threads alike
+        return one if condition else other
     return Value(torch.where(*_promoted(condition), *_promoted(one, other)))
 
 

@@ -141,21 +141,50 @@ def test_linear(
     assert int(counter.abs().max()) == 0
 
 
-def test_linears_of_one_input() -> None:
-    codes = to_engine_order(random_codes(20, 512, largest=7))
-    scale, types = torch.rand(20), torch.randint(0, 2, (20,))
+@pytest.mark.parametrize("rank", [0, 32])
+@pytest.mark.parametrize("split_k", [1, 2])
+@pytest.mark.parametrize("outputs", [(128, 304, 64), (304, 128), (64, 128, 64, 64)], ids=str)
+@pytest.mark.parametrize("num_tokens", [20, 70])
+def test_linears_of_one_input(
+    num_tokens: int, outputs: tuple[int, ...], split_k: int, rank: int
+) -> None:
+    """In one launch, and side by side where there are too many tokens or Linears for that."""
+    codes = to_engine_order(random_codes(num_tokens, 512, largest=7))
+    scale, types = torch.rand(num_tokens), torch.randint(0, 2, (num_tokens,))
     static = (types, [512], [0, 0], 0, torch.bfloat16)
-    tile = next(t for t, _ in hopper_tiles(512) if t.block_m == 16 and t.split_k == 2)
-    linears = [
-        (pack_int4(random_codes(n, 512, largest=7)), torch.rand(1, n), torch.randn(2, n))
-        for n in (128, 304, 64)
-    ]
-    without_branch = [(*operands, None, None) for operands in linears]
-    got = hopper_int_mm.hopper_linears(codes, scale, without_branch, *static, tile)
-    for out, (weight, *tables) in zip(got, linears, strict=True):
-        want = hopper_int_mm.hopper_linear(codes, scale, weight, *tables, *static, tile)
+    tile = next(t for t, _ in hopper_tiles(512) if t.block_m == 16 and t.split_k == split_k)
+    coefficients = torch.randn(num_tokens, rank).bfloat16() if rank else None
+
+    def linear(n: int) -> Any:
+        tables = torch.rand(1, n) + 0.1, torch.randn(2, n)
+        branch = torch.randint(-127, 128, (rank, n)).to(torch.int8), torch.rand(rank)
+        weight = pack_int4(random_codes(n, 512, largest=7))
+        return (weight, *tables, *(branch if rank else (None, None)))
+
+    linears = [linear(n) for n in outputs]
+    got = hopper_int_mm.hopper_linears(
+        codes, scale, linears, *static, tile, coefficients=coefficients
+    )
+    for out, (weight, *tables, v, v_scale) in zip(got, linears, strict=True):
+        of_branch = (None, coefficients, v, v_scale)
+        want = hopper_int_mm.hopper_linear(codes, scale, weight, *tables, *static, tile, *of_branch)
         assert torch.equal(out, want)
     assert int(counter.abs().max()) == 0
+
+
+@pytest.mark.parametrize(("num_tokens", "launches"), [(64, 1), (65, 3)])
+def test_launches_of_linears(
+    num_tokens: int, launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[Any] = []
+    monkeypatch.setattr(InterpretedLaunch, "__call__", lambda self, *args: launched.append(args))
+    codes = to_engine_order(random_codes(num_tokens, 512, largest=7))
+    weights = [(pack_int4(random_codes(n, 512, largest=7)), torch.rand(1, n)) for n in (64, 64, 48)]
+    linears = [(*operands, None, None, None) for operands in weights]
+    static = (None, [512], [0], 0, torch.bfloat16)
+    tile = next(t for t, _ in hopper_tiles(512) if t.block_m == 16)
+    hopper_int_mm.hopper_linears(codes, torch.rand(num_tokens), linears, *static, tile)
+    assert len(launched) == launches
 
 
 @pytest.mark.parametrize("kind", ["none", "rms", "rms of a sum", "layer", "silu", "gelu_tanh"])

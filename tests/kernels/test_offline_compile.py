@@ -183,21 +183,39 @@ def test_transform_to_e4m3(capability: int, num_features: int, prologue: str) ->
     assert compiled.local_bytes <= (320 if num_features == 18944 else 16)
 
 
+LINEAR_TILES = [
+    (tile, codes)
+    for codes in (torch.int8, torch.float8_e4m3fn)
+    for tile, _ in hopper_tiles(4096, promoted=codes != torch.int8)
+    if tile.split_k in (1, 4)
+]
+
+
 @pytest.mark.parametrize(
     ("typed", "num_slices", "rank"), [(True, 1, 0), (False, 1, 0), (True, 3, 0), (True, 1, 72)]
 )
-@pytest.mark.parametrize(
-    ("tile", "codes"),
-    [
-        (tile, codes)
-        for codes in (torch.int8, torch.float8_e4m3fn)
-        for tile, _ in hopper_tiles(4096, promoted=codes != torch.int8)
-        if tile.split_k in (1, 4)
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("tile", "codes"), LINEAR_TILES, ids=str)
 def test_hopper_linear(
     tile: TileConfig, codes: torch.dtype, typed: bool, num_slices: int, rank: int
+) -> None:
+    check_linear(tile, codes, typed, num_slices, rank, 1)
+
+
+@pytest.mark.parametrize(
+    ("tile", "codes"), [(t, codes) for t, codes in LINEAR_TILES if t.block_m <= 64], ids=str
+)
+def test_hopper_linears(tile: TileConfig, codes: torch.dtype) -> None:
+    """Three of few tokens in one launch; with a branch on the int8 engine."""
+    check_linear(tile, codes, True, 1, 72 if codes == torch.int8 else 0, 3)
+
+
+def check_linear(
+    tile: TileConfig,
+    codes: torch.dtype,
+    typed: bool,
+    num_slices: int,
+    rank: int,
+    num_linears: int,
 ) -> None:
     is_e4m3 = codes == torch.float8_e4m3fn
     shapes = (
@@ -209,7 +227,13 @@ def test_hopper_linear(
     )
     kinds = ("fp8e4nv" if is_e4m3 else "i8", "i8", "bf16", "bf16", "i8")
     tiles = zip(kinds, shapes, layouts(tile, torch.bfloat16, codes), strict=True)
-    descriptors = [f"tensordesc<{kind}{list(shape)},{layout!r}>" for kind, shape, layout in tiles]
+    descriptors = dict(
+        zip(
+            ("codes", "weight", "out", "coefficients", "branch"),
+            (f"tensordesc<{kind}{list(shape)},{layout!r}>" for kind, shape, layout in tiles),
+            strict=True,
+        )
+    )
     constants = {
         "DEFAULT_TYPE": 0,
         "SLICE_OF_TYPE": (0, num_slices - 1, 0),
@@ -225,27 +249,32 @@ def test_hopper_linear(
         "FOLLOWS": not typed,
         "GROUP_REGISTERS": registers(tile)["GROUP_REGISTERS"],
         "PROMOTED": is_e4m3,
+        "R": max(rank - 2, 0),
         "RANK": rank,
         "ONE": 16.0,
         "num_warps": tile.num_warps,
     }
-    names = ("codes", "weight", "out", "coefficients", "branch")
-    parts = {"partial_ptr": "*fp32" if is_e4m3 else "*i32", "counter_ptr": "*i32"}
-    tables = {"bias_ptr": "*fp32", "type_ptr": "*i32"}
+    arguments = {
+        **{name: descriptors[name] for name in ("codes", "weight", "out")},
+        **dict.fromkeys(("scale_ptr", "weight_scale_ptr"), "*fp32"),
+        **dict.fromkeys(("M", "N", "num_even"), "i32"),
+    }
+    if rank:
+        arguments |= {name: descriptors[name] for name in ("coefficients", "branch")}
+        arguments |= {"branch_scale_ptr": "*fp32"}
+    if typed:
+        arguments |= {"bias_ptr": "*fp32", "type_ptr": "*i32"}
+    if tile.split_k > 1:
+        arguments |= {"partial_ptr": "*fp32" if is_e4m3 else "*i32", "counter_ptr": "*i32"}
+    of_others = ("weight", "out", "branch", "branch_scale_ptr", "weight_scale_ptr", "bias_ptr", "N")
+    for number in range(1, num_linears):
+        given = {name: arguments[name] for name in of_others if name in arguments}
+        arguments |= {f"{name}_{number}": kind for name, kind in given.items()}
+    missing = set(hopper_linear_kernel.arg_names) - {*arguments, *constants}
     compiled = compile_gluon(
         hopper_linear_kernel,
-        arguments={
-            **dict(zip(names[: 5 if rank else 3], descriptors, strict=False)),
-            **({"branch_scale_ptr": "*fp32"} if rank else {}),
-            **dict.fromkeys(("scale_ptr", "weight_scale_ptr"), "*fp32"),
-            **(tables if typed else {}),
-            **(parts if tile.split_k > 1 else {}),
-            **dict.fromkeys(("M", "N", "R", "num_even"), "i32"),
-        },
-        constants=constants
-        | ({} if rank else dict.fromkeys((*names[3:], "branch_scale_ptr")))
-        | ({} if typed else dict.fromkeys(tables))
-        | ({} if tile.split_k > 1 else dict.fromkeys(parts)),
+        arguments=arguments,
+        constants=constants | dict.fromkeys(missing),
         num_warps=tile.num_warps,
         maxnreg=registers(tile)["maxnreg"],
     )

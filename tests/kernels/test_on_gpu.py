@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -275,9 +276,12 @@ def test_hopper_linear_again_and_again(num_tokens: int) -> None:
 
 
 @needs_hopper
+@pytest.mark.parametrize("rank", [0, 64])
+@pytest.mark.parametrize("outputs", [(4096, 512, 4096), (4096, 512, 4096, 12288)], ids=len)
 @pytest.mark.parametrize("num_tokens", [1, 16, 40, 256, 1000])
-def test_linears_side_by_side(num_tokens: int) -> None:
-    """They begin before the Linear ahead is done, and what follows must not begin before all are."""
+def test_linears_side_by_side(num_tokens: int, outputs: tuple[int, ...], rank: int) -> None:
+    """Three of up to 64 tokens are one launch. Others begin before the Linear ahead is done, and what follows must not
+    begin before all are."""
     x = torch.randn(num_tokens, 4096, device=GPU).bfloat16()
     t = random_transform("shift", 4096, NUM_TYPES, seed=1).to(GPU)
     types = torch.randint(0, NUM_TYPES, (num_tokens,), device=GPU)
@@ -287,9 +291,18 @@ def test_linears_side_by_side(num_tokens: int) -> None:
             torch.rand(1, n, device=GPU) / 4096,
             torch.randn(NUM_TYPES + 1, n, device=GPU),
         ]
-        for n in (4096, 512, 4096, 12288)
+        for n in outputs
     ]
     static = (types, [4096], [0] * (NUM_TYPES + 1), 0, torch.bfloat16)
+    branches = [
+        (random_codes(rank, n, largest=127).to(GPU), torch.rand(rank, device=GPU) / 127)
+        for n in outputs
+    ]
+    coefficients = torch.randn(num_tokens, rank, device=GPU).bfloat16()
+    of_branch: list[Any] = [(coefficients, *branch) if rank else () for branch in branches]
+    of_branches: Any = (None, [], [])
+    if rank:
+        of_branches = (coefficients, *map(list, zip(*branches, strict=True)))
 
     def transformed(x: Tensor) -> tuple[Tensor, Tensor]:
         operands = (types, t.shift, t.channel_scale, t.left, t.right, t.clip)
@@ -300,14 +313,14 @@ def test_linears_side_by_side(num_tokens: int) -> None:
     def one_after_the_other() -> list[Tensor]:
         codes, scale = transformed(x)
         outputs = []
-        for linear in linears:
-            outputs.append(engine_ops.engine_linear(codes, scale, *linear, *static))
+        for linear, branch in zip(linears, of_branch, strict=True):
+            outputs.append(engine_ops.engine_linear(codes, scale, *linear, *static, *branch))
             torch.cuda.synchronize()
         return [*outputs, *transformed(outputs[0]), *transformed(outputs[2])]
 
     def side_by_side() -> list[Tensor]:
         columns: list[list[Tensor]] = [list(column) for column in zip(*linears, strict=True)]
-        outputs = engine_ops.engine_linears(*transformed(x), *columns, *static, None, [], [])
+        outputs = engine_ops.engine_linears(*transformed(x), *columns, *static, *of_branches)
         return [*outputs, *transformed(outputs[0]), *transformed(outputs[2])]
 
     want = one_after_the_other()

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.fx import Graph, Node
 
 from freeact_fx.codegen import tune_linear, tuning
 from freeact_fx.codegen.engine_ops import E4M3
@@ -111,6 +112,28 @@ def test_a_linear_of_few_tokens_is_timed_behind_a_transform(
     assert scale.shape == (num_tokens,)
     assert codes.is_contiguous()
     assert scale.is_contiguous()
+
+
+@pytest.mark.parametrize(("num_tokens", "outputs"), [(32, [256]), (256, [128, 64, 64])])
+def test_what_is_one_launch_is_measured_as_one(
+    num_tokens: int, outputs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+    monkeypatch.setattr(tune_linear, "is_hopper", lambda device: True)
+    monkeypatch.setattr(tune_linear, "tune_linear", lambda m, n, *rest: measured.append(n))
+    graph = Graph()
+
+    def given(*shape: int) -> Node:
+        node = graph.placeholder("x")
+        node.meta["val"] = torch.empty(shape, device="meta")
+        return node
+
+    weights = [given(n, 32) for n in (128, 64, 64)]
+    types = (None, [256], [0], 0)
+    args = (given(num_tokens, 256), given(num_tokens, 1), weights, [], [], *types)
+    graph.call_function(torch.ops.freeact.engine_linears.default, args)
+    tune_linear.tune_linears(graph)
+    assert measured == outputs
 
 
 @pytest.mark.parametrize(
