@@ -4,8 +4,8 @@
     python benchmarks/tune_tiles.py --out codegen/tuned            ... and as a file to ship
     python benchmarks/tune_tiles.py --shapes 12288x4096 4096x12288 --tokens 16 256
 
-Shapes are N x K of Linears; the default ones are those of LLaDA-8B and Qwen2.5-VL-7B, of few tokens also those of the
-Linears that are one launch. What is known is not measured again: delete the cache file that is printed to start anew.
+Shapes are N x K of what is one launch; the default ones are those of LLaDA-8B and Qwen2.5-VL-7B, with q, k and v, and
+gate and up, together. What is known is not measured again: delete the cache file that is printed to start anew.
 """
 
 from __future__ import annotations
@@ -19,28 +19,26 @@ from measure import environment
 
 from freeact_fx.codegen import tuning
 from freeact_fx.codegen.engine_ops import is_hopper
-from freeact_fx.codegen.tiles import MOST_TOGETHER, run_together
 from freeact_fx.codegen.tune_linear import tune_linear
 
 SHAPES = (
     "12288x4096",
-    "4096x12288",
     "4096x4096",
+    "24576x4096",
+    "4096x12288",
+    "4608x3584",
     "3584x3584",
-    "512x3584",
-    "18944x3584",
+    "37888x3584",
     "3584x18944",
 )
 TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-# q, k and v, or gate and up; LLaDA's q, k and v are 12288 outputs together.
-TOGETHER = ("24576x4096", "4608x3584", "37888x3584")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shapes", nargs="+", default=(*TOGETHER, *SHAPES), metavar="NxK")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NxK")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--out", type=Path, help="folder for a file of all that is known here")
     parser.add_argument("--seconds", type=float, default=600.0, help="begin no problem after that")
@@ -52,8 +50,7 @@ def main() -> None:
     for shape in args.shapes:
         num_outputs, num_codes = map(int, shape.split("x"))
         for num_tokens in args.tokens:
-            together = shape not in TOGETHER or run_together(num_tokens, MOST_TOGETHER)
-            if together and time.perf_counter() - start < args.seconds:
+            if time.perf_counter() - start < args.seconds:
                 tile = tune_linear(num_tokens, num_outputs, [num_codes], torch.int8, device)
                 print(f"{num_tokens} x {shape}: {tile}", flush=True)
     print(f"{tuning.cache_file(gpu)} in {time.perf_counter() - start:.0f} s")

@@ -11,7 +11,7 @@ each (``kernels/int_mm``)::
 * ``freeact::engine_branch_product``       a Linear's part of it, where ``engine_linear`` does not take it (Hopper)
 * ``freeact::engine_int_mm``               one kernel per Linear; a template that Inductor fuses the epilogue into
 * ``freeact::engine_linear``               one kernel per Linear that brings its epilogue along (Hopper)
-* ``freeact::engine_linears``              several of one input: one kernel for few tokens, else side by side
+* ``freeact::engine_linears``              one kernel for up to three of one input
 
 The dtype of the codes chooses the engine: int8 tensor cores for int8, fp8 tensor cores for e4m3.
 

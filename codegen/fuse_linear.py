@@ -75,7 +75,7 @@ def fuse_linear(graph: Graph, product: Node, output: Node) -> bool:
 
 
 def join_linears(graph: Graph) -> None:
-    """One op for Linears of the same codes, which may then be one launch, or run side by side."""
+    """One op for Linears of the same codes, which may then be one launch."""
     place = {node: number for number, node in enumerate(graph.nodes)}
     groups: dict[Any, list[Node]] = {}
     for node in graph.nodes:

@@ -6,9 +6,13 @@ Nothing here imports Triton. Compute capabilities are written as PTX does: 80, 9
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from freeact_fx.config import MAX_RANK
+
+_Linear = TypeVar("_Linear")
 
 # Bytes of shared memory that one program may use.
 _SHARED_BYTES = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448}
@@ -208,19 +212,17 @@ def predicted_us(
     return max(rounds * each, reading) + summing
 
 
-# Linears of one input that a launch of the same kernel takes, if there are few tokens.
+# Linears of one input that a launch of the same kernel takes.
 MOST_TOGETHER = 3
-_TOGETHER_TOKENS = 64
 
 
-def run_together(num_tokens: int, num_linears: int, spills: bool = False) -> bool:
-    """Whether Linears of one input are one launch: with few tokens one that follows another would begin to read its
-    weights late.
-
-    spills  e4m3 codes and a branch, whose sums leave no registers for what several Linears need
-    """
-    few = num_tokens <= _TOGETHER_TOKENS and num_linears <= MOST_TOGETHER and not spills
-    return num_linears == 1 or few
+def in_launches(
+    linears: Sequence[_Linear], *, is_e4m3: bool, has_branch: bool
+) -> list[Sequence[_Linear]]:
+    """Linears of one input as that kernel is launched for them. One by one if they have e4m3 codes and a branch, whose
+    sums leave no registers for what several Linears need."""
+    size = 1 if is_e4m3 and has_branch else MOST_TOGETHER
+    return [linears[first : first + size] for first in range(0, len(linears), size)]
 
 
 # Of the same kernel, which keeps the rows of the bias table of all types in registers.

@@ -16,7 +16,7 @@ from freeact_fx.reference import pack_int4
 from freeact_fx.transform import kronecker_shape, orthogonal_transform
 
 from .engine_ops import E4M3, engine_transform_quantize, is_hopper
-from .tiles import PROMOTED, TileConfig, hopper_tiles, predicted_us, run_together
+from .tiles import PROMOTED, TileConfig, hopper_tiles, in_launches, predicted_us
 from .tuning import Problem, gpu_name, known_tile, problem_of, tune
 
 # Of the tiles whose time is predicted to be shortest; the prediction is seldom off by more than a half.
@@ -41,10 +41,10 @@ def tune_linears(graph: Graph) -> None:
             num_tokens = 1
             for size in codes.shape[:-1]:
                 num_tokens *= size.node.hint if isinstance(size, torch.SymInt) else size
-            outputs = [weight.meta["val"].shape[0] for weight in weights]
-            if run_together(num_tokens, len(outputs)):
-                outputs = [sum(outputs)]
-            for num_outputs in outputs:
+            has_branch = len(node.args) > 10 and node.args[10] is not None
+            is_e4m3 = codes.dtype == E4M3
+            for some in in_launches(weights, is_e4m3=is_e4m3, has_branch=has_branch):
+                num_outputs = sum(weight.meta["val"].shape[0] for weight in some)
                 tune_linear(num_tokens, num_outputs, node.args[6], codes.dtype, codes.device)
 
 

@@ -14,10 +14,8 @@ in the way of those that are waited for, and what comes a kernel too early is ev
 Tiles of few tokens take less than half of a multiprocessor, so that the transform after them and the next Linear's
 weights need not wait for their end.
 
-Linears of one input (q, k, v) are one launch if there are few tokens: its programs share the tiles of all, and all
-weights are on their way before the kernel before is done. With more tokens they run side by side. The first one (LEADS)
-lets the next start when it need not wait any more, so that those that follow (FOLLOWS) find all that they read; they
-wait for the one before at their end, so that what comes after the last of them comes after all.
+Linears of one input (q, k, v) are one launch, whose programs share the tiles of all: with few tokens all their weights
+are on their way before the kernel before is done, with many there is one last round of tiles and not three.
 
 e4m3 codes differ in unpacking and in the accumulator. With PROMOTED the sum of a step is added to the rest in fp32, as
 in ``int_mm``; registers hold both, so tiles are smaller. Without, all is left to the tensor core.
@@ -56,7 +54,7 @@ from freeact_fx.codegen.tiles import (
     PROMOTED,
     TileConfig,
     choose_hopper_tile,
-    run_together,
+    in_launches,
 )
 from freeact_fx.codegen.tuning import gpu_name, known_tile, problem_of
 
@@ -290,8 +288,6 @@ def copy_tiles(
     GROUPS: gl.constexpr,
     GROUP_M: gl.constexpr,
     SPLIT_K: gl.constexpr,
-    LEADS: gl.constexpr,
-    FOLLOWS: gl.constexpr,
     RANK: gl.constexpr,
 ):
     """The copying warp: packed weights, even codes and odd codes of each step, for each tile of this program."""
@@ -320,10 +316,7 @@ def copy_tiles(
                     barriers.index(stage),
                     weight_ring.index(GROUPS * stage + group),
                 )
-    if not FOLLOWS:
-        wait_for_previous_kernel()
-    if LEADS:
-        allow_next_kernel()
+    wait_for_previous_kernel()
     step = 0
     for item in range(gl.program_id(0), num_tiles(num_m, nums_n) * SPLIT_K, gl.num_programs(0)):
         which, tile_m, tile_n = place_of(item // SPLIT_K, num_m, nums_n, GROUP_M)
@@ -366,8 +359,6 @@ def copy_tiles(
             target = for_copy(codes_ring.index(2 * stage), coefficients)
             load_tile(coefficients, [tile_m * BLOCK_M, column], arrived, target)
             step += 1
-    if FOLLOWS:
-        wait_for_previous_kernel()
 
 
 @gluon.jit
@@ -566,7 +557,6 @@ def multiply_tiles(
     GROUPS: gl.constexpr,
     GROUP_M: gl.constexpr,
     SPLIT_K: gl.constexpr,
-    FOLLOWS: gl.constexpr,
     PROMOTED: gl.constexpr,
     R: gl.constexpr,
     RANK: gl.constexpr,
@@ -589,8 +579,7 @@ def multiply_tiles(
     lanes: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     scales, types = scale_tiles.index(GROUP), type_tiles.index(GROUP)
     num_m, nums_n = gl.cdiv(M, BLOCK_M), tiles_of(sizes, GROUPS * ROWS)
-    if not FOLLOWS:
-        wait_for_previous_kernel()
+    wait_for_previous_kernel()
     step = 0
     for item in range(gl.program_id(0), num_tiles(num_m, nums_n) * SPLIT_K, gl.num_programs(0)):
         which, tile_m, tile_n = place_of(item // SPLIT_K, num_m, nums_n, GROUP_M)
@@ -744,8 +733,6 @@ def hopper_linear_kernel(
     GROUPS: gl.constexpr,
     GROUP_M: gl.constexpr,
     SPLIT_K: gl.constexpr,
-    LEADS: gl.constexpr,  # Linears of the same input follow
-    FOLLOWS: gl.constexpr,  # the kernel before is one
     GROUP_REGISTERS: gl.constexpr,
     PROMOTED: gl.constexpr,
     R: gl.constexpr,  # columns of the branch
@@ -753,8 +740,7 @@ def hopper_linear_kernel(
     ONE: gl.constexpr,  # in units of the sums
     num_warps: gl.constexpr,
 ):
-    if not LEADS:
-        allow_next_kernel()
+    allow_next_kernel()
     codes_ring = gl.allocate_shared_memory(
         codes.dtype, [2 * STAGES, BLOCK_M, BLOCK_K], codes.layout
     )
@@ -784,18 +770,18 @@ def hopper_linear_kernel(
                 outs, coefficients, branch, branch_scale_ptrs, scale_ptr, weight_scale_ptrs, bias_ptrs, type_ptr,
                 partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
                 barriers, M, sizes, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
-                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, R, RANK, ONE, 0,
+                GROUPS, GROUP_M, SPLIT_K, PROMOTED, R, RANK, ONE, 0,
             )),
             (multiply_tiles, (
                 outs, coefficients, branch, branch_scale_ptrs, scale_ptr, weight_scale_ptrs, bias_ptrs, type_ptr,
                 partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
                 barriers, M, sizes, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
-                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, R, RANK, ONE, 1,
+                GROUPS, GROUP_M, SPLIT_K, PROMOTED, R, RANK, ONE, 1,
             )),
             (copy_tiles, (
                 codes, weights, coefficients, branches, type_ptr, codes_ring, weight_ring, barriers,
                 M, sizes, num_even,
-                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, LEADS, FOLLOWS, RANK,
+                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, RANK,
             )),
         ], [4, 1], [GROUP_REGISTERS, 24])
     else:
@@ -805,24 +791,24 @@ def hopper_linear_kernel(
                 outs, coefficients, branch, branch_scale_ptrs, scale_ptr, weight_scale_ptrs, bias_ptrs, type_ptr,
                 partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
                 barriers, M, sizes, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
-                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, R, RANK, ONE, 0,
+                GROUPS, GROUP_M, SPLIT_K, PROMOTED, R, RANK, ONE, 0,
             )),
             (multiply_tiles, (
                 outs, coefficients, branch, branch_scale_ptrs, scale_ptr, weight_scale_ptrs, bias_ptrs, type_ptr,
                 partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
                 barriers, M, sizes, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
-                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, R, RANK, ONE, 1,
+                GROUPS, GROUP_M, SPLIT_K, PROMOTED, R, RANK, ONE, 1,
             )),
             (multiply_tiles, (
                 outs, coefficients, branch, branch_scale_ptrs, scale_ptr, weight_scale_ptrs, bias_ptrs, type_ptr,
                 partial_ptr, counter_ptr, codes_ring, weight_ring, out_tiles, scale_tiles, type_tiles,
                 barriers, M, sizes, num_even, DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS,
-                GROUPS, GROUP_M, SPLIT_K, FOLLOWS, PROMOTED, R, RANK, ONE, 2,
+                GROUPS, GROUP_M, SPLIT_K, PROMOTED, R, RANK, ONE, 2,
             )),
             (copy_tiles, (
                 codes, weights, coefficients, branches, type_ptr, codes_ring, weight_ring, barriers,
                 M, sizes, num_even,
-                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, LEADS, FOLLOWS, RANK,
+                DEFAULT_TYPE, SLICE_OF_TYPE, SLICE_STARTS, GROUPS, GROUP_M, SPLIT_K, RANK,
             )),
         ], [4, 4, 1], [GROUP_REGISTERS, GROUP_REGISTERS, 24])
     # fmt: on
@@ -923,7 +909,7 @@ def hopper_linears(
     promoted: bool | None = None,
     coefficients: Tensor | None = None,
 ) -> list[Tensor]:
-    """Linears of one input, in one launch or side by side; ``hopper_linear`` says what is what.
+    """Linears of one input, up to three in a launch; ``hopper_linear`` says what is what.
 
     tile  of each launch
 
@@ -936,20 +922,14 @@ def hopper_linears(
     ]
     if num_tokens == 0:
         return outputs
+    is_e4m3, has_branch = codes.dtype != torch.int8, coefficients is not None
     if promoted is None:
-        promoted = PROMOTED and codes.dtype != torch.int8
+        promoted = PROMOTED and is_e4m3
     static = (default_type, tuple(slice_of_type), tuple(slice_sizes))
     of_tokens = (codes, scale, token_type, coefficients)
     each = list(zip(linears, outputs, strict=True))
-    together = run_together(num_tokens, len(linears), promoted and coefficients is not None)
-    launches = [each] if together else [[one] for one in each]
-    # Sums of parts, and counters, are not to be shared by kernels that run at a time.
-    partials, used = [], 0
-    for number, some in enumerate(launches):
-        leads, follows = number == 0 and len(launches) > 1, number > 0
-        partial, counted = _launch(of_tokens, some, static, tile, promoted, used, leads, follows)
-        partials.append(partial)
-        used += counted
+    for some in in_launches(each, is_e4m3=is_e4m3, has_branch=has_branch):
+        _launch(of_tokens, some, static, tile, promoted)
     return outputs
 
 
@@ -959,12 +939,8 @@ def _launch(
     static: tuple[int, tuple[int, ...], tuple[int, ...]],
     tile: TileConfig | None,
     promoted: bool,
-    used: int,
-    leads: bool,
-    follows: bool,
-) -> tuple[Tensor | None, int]:
-    """Run the kernel for up to three Linears, each with its output; returns the sums of parts, if K is split, and how
-    many counters behind ``used`` it took."""
+) -> None:
+    """Run the kernel for up to three Linears, each with its output."""
     codes, scale, token_type, coefficients = of_tokens
     num_tokens, num_codes = codes.shape
     num_multiprocessors = multiprocessors_of(codes.device)
@@ -999,14 +975,12 @@ def _launch(
         ]
     operands += [None] * (len(operands) // len(linears) * (MOST_TOGETHER - len(linears)))
     partial = counter = None
-    num_counters = 0
     if tile.split_k > 1:
         size = tiles * tile.split_k * tile.block_m * tile.block_n
         partial = torch.empty(size, dtype=partial_dtype(codes.dtype), device=codes.device)
-        num_counters = tile.groups * tiles
-        counter = counters(codes.device, num_counters, used)
+        counter = counters(codes.device, tile.groups * tiles)
     ranks = num_columns, rank
-    launch = _launch_of(tile, promoted, *static, ranks, ONE_IN_SUMS[codes.dtype], leads, follows)
+    launch = _launch_of(tile, promoted, *static, ranks, ONE_IN_SUMS[codes.dtype])
     launch(
         codes.device,
         min(tiles * tile.split_k, num_multiprocessors * tile.programs),
@@ -1020,7 +994,6 @@ def _launch(
         num_tokens,
         num_codes // 2,
     )
-    return partial, num_counters
 
 
 @functools.cache
@@ -1032,8 +1005,6 @@ def _launch_of(
     slice_sizes: tuple[int, ...],
     ranks: tuple[int, int],
     one: float,
-    leads: bool,
-    follows: bool,
 ) -> Launch:
     return Launch(
         hopper_linear_kernel,
@@ -1047,8 +1018,6 @@ def _launch_of(
         GROUPS=tile.groups,
         GROUP_M=tile.group_m,
         SPLIT_K=tile.split_k,
-        LEADS=leads,
-        FOLLOWS=follows,
         PROMOTED=promoted,
         R=ranks[0],
         RANK=ranks[1],

@@ -42,15 +42,15 @@ def make_counters(device: torch.device) -> None:
         _tables[device] = table, {}
 
 
-def counters(device: torch.device, number: int, first: int = 0) -> Tensor:
+def counters(device: torch.device, number: int) -> Tensor:
     """At least ``number`` zeros [..] int32 that no other stream uses.
 
-    Kernels of a stream run one after the other, so they may share them; those that run at a time have other numbers
-    ``first`` to first + number. Two CUDA graphs captured on one stream may not be replayed on two at a time.
+    Kernels of a stream run one after the other, so they may share them. Two CUDA graphs captured on one stream may not
+    be replayed on two at a time.
     """
     make_counters(device)
     table, place = _tables[device]
     stream = torch.cuda.current_stream(device).cuda_stream
-    if first + number > _NUM_COUNTERS or (stream not in place and len(place) == _NUM_STREAMS):
+    if number > _NUM_COUNTERS or (stream not in place and len(place) == _NUM_STREAMS):
         return torch.zeros(number, dtype=torch.int32, device=device)
-    return table[place.setdefault(stream, len(place)), first:]
+    return table[place.setdefault(stream, len(place))]

@@ -67,7 +67,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         clear_launches(module)
     for module in (hopper_int_mm, hopper_branch_quantize):
         monkeypatch.setattr(module, "multiprocessors_of", lambda device: 3)
-        monkeypatch.setattr(module, "counters", lambda device, number, first=0: counter[first:])
+        monkeypatch.setattr(module, "counters", lambda device, number: counter)
     monkeypatch.setattr(hopper_transform_quantize, "multiprocessors_of", lambda device: 1)
     yield
     for module in modules:
@@ -144,11 +144,8 @@ def test_linear(
 @pytest.mark.parametrize("rank", [0, 32])
 @pytest.mark.parametrize("split_k", [1, 2])
 @pytest.mark.parametrize("outputs", [(128, 304, 64), (304, 128), (64, 128, 64, 64)], ids=str)
-@pytest.mark.parametrize("num_tokens", [20, 70])
-def test_linears_of_one_input(
-    num_tokens: int, outputs: tuple[int, ...], split_k: int, rank: int
-) -> None:
-    """In one launch, and side by side where there are too many tokens or Linears for that."""
+def test_linears_of_one_input(outputs: tuple[int, ...], split_k: int, rank: int) -> None:
+    num_tokens = 20
     codes = to_engine_order(random_codes(num_tokens, 512, largest=7))
     scale, types = torch.rand(num_tokens), torch.randint(0, 2, (num_tokens,))
     static = (types, [512], [0, 0], 0, torch.bfloat16)
@@ -172,18 +169,25 @@ def test_linears_of_one_input(
     assert int(counter.abs().max()) == 0
 
 
-@pytest.mark.parametrize(("num_tokens", "launches"), [(64, 1), (65, 3)])
+@pytest.mark.parametrize(
+    ("number", "dtype", "rank", "launches"),
+    [(3, torch.int8, 8, 1), (4, torch.int8, 8, 2), (3, E4M3, 0, 1), (3, E4M3, 8, 3)],
+)
 def test_launches_of_linears(
-    num_tokens: int, launches: int, monkeypatch: pytest.MonkeyPatch
+    number: int, dtype: torch.dtype, rank: int, launches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched: list[Any] = []
     monkeypatch.setattr(InterpretedLaunch, "__call__", lambda self, *args: launched.append(args))
-    codes = to_engine_order(random_codes(num_tokens, 512, largest=7))
-    weights = [(pack_int4(random_codes(n, 512, largest=7)), torch.rand(1, n)) for n in (64, 64, 48)]
-    linears = [(*operands, None, None, None) for operands in weights]
+    codes = to_engine_order(random_codes(20, 512, largest=7).to(dtype))
+    branch = torch.zeros(rank, 64, dtype=torch.int8), torch.ones(rank)
+    weight = pack_int4(random_codes(64, 512, largest=7))
+    linear = (weight, torch.rand(1, 64), None, *(branch if rank else (None, None)))
     static = (None, [512], [0], 0, torch.bfloat16)
     tile = next(t for t, _ in hopper_tiles(512) if t.block_m == 16)
-    hopper_int_mm.hopper_linears(codes, torch.rand(num_tokens), linears, *static, tile)
+    coefficients = torch.zeros(20, rank).bfloat16() if rank else None
+    hopper_int_mm.hopper_linears(
+        codes, torch.rand(20), number * [linear], *static, tile, coefficients=coefficients
+    )
     assert len(launched) == launches
 
 

@@ -279,9 +279,8 @@ def test_hopper_linear_again_and_again(num_tokens: int) -> None:
 @pytest.mark.parametrize("rank", [0, 64])
 @pytest.mark.parametrize("outputs", [(4096, 512, 4096), (4096, 512, 4096, 12288)], ids=len)
 @pytest.mark.parametrize("num_tokens", [1, 16, 40, 256, 1000])
-def test_linears_side_by_side(num_tokens: int, outputs: tuple[int, ...], rank: int) -> None:
-    """Three of up to 64 tokens are one launch. Others begin before the Linear ahead is done, and what follows must not
-    begin before all are."""
+def test_linears_of_one_input(num_tokens: int, outputs: tuple[int, ...], rank: int) -> None:
+    """Up to three are one launch, and what follows must not begin before all are done."""
     x = torch.randn(num_tokens, 4096, device=GPU).bfloat16()
     t = random_transform("shift", 4096, NUM_TYPES, seed=1).to(GPU)
     types = torch.randint(0, NUM_TYPES, (num_tokens,), device=GPU)
@@ -318,17 +317,17 @@ def test_linears_side_by_side(num_tokens: int, outputs: tuple[int, ...], rank: i
             torch.cuda.synchronize()
         return [*outputs, *transformed(outputs[0]), *transformed(outputs[2])]
 
-    def side_by_side() -> list[Tensor]:
+    def together() -> list[Tensor]:
         columns: list[list[Tensor]] = [list(column) for column in zip(*linears, strict=True)]
         outputs = engine_ops.engine_linears(*transformed(x), *columns, *static, *of_branches)
         return [*outputs, *transformed(outputs[0]), *transformed(outputs[2])]
 
     want = one_after_the_other()
     for _ in range(30):
-        assert all(map(torch.equal, side_by_side(), want))
+        assert all(map(torch.equal, together(), want))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = side_by_side()
+        got = together()
     for _ in range(30):
         graph.replay()
         assert all(map(torch.equal, got, want))

@@ -114,23 +114,27 @@ def test_a_linear_of_few_tokens_is_timed_behind_a_transform(
     assert scale.is_contiguous()
 
 
-@pytest.mark.parametrize(("num_tokens", "outputs"), [(32, [256]), (256, [128, 64, 64])])
+@pytest.mark.parametrize(
+    ("dtype", "rank", "outputs"),
+    [(torch.int8, 0, [256]), (torch.int8, 16, [256]), (E4M3, 16, [128, 64, 64])],
+)
 def test_what_is_one_launch_is_measured_as_one(
-    num_tokens: int, outputs: list[int], monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, rank: int, outputs: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[int] = []
     monkeypatch.setattr(tune_linear, "is_hopper", lambda device: True)
     monkeypatch.setattr(tune_linear, "tune_linear", lambda m, n, *rest: measured.append(n))
     graph = Graph()
 
-    def given(*shape: int) -> Node:
+    def given(*shape: int, dtype: torch.dtype = torch.float32) -> Node:
         node = graph.placeholder("x")
-        node.meta["val"] = torch.empty(shape, device="meta")
+        node.meta["val"] = torch.empty(shape, dtype=dtype, device="meta")
         return node
 
     weights = [given(n, 32) for n in (128, 64, 64)]
-    types = (None, [256], [0], 0)
-    args = (given(num_tokens, 256), given(num_tokens, 1), weights, [], [], *types)
+    static = (None, [256], [0], 0, torch.bfloat16)
+    of_branch = (given(32, rank) if rank else None, [], [])
+    args = (given(32, 256, dtype=dtype), given(32, 1), weights, [], [], *static, *of_branch)
     graph.call_function(torch.ops.freeact.engine_linears.default, args)
     tune_linear.tune_linears(graph)
     assert measured == outputs
