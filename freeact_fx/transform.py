@@ -23,7 +23,9 @@ MAX_FACTOR = 256
 # Part of a token's largest magnitude that code 7 stands for when nothing was measured.
 DATA_FREE_CLIP = 0.8
 _CLIP_RATIOS = torch.linspace(0.5, 1.0, 11).tolist()
-_SEARCH_BLOCK = 1 << 17  # weights; 0.5 MB in fp32
+# Weights that a search for clips takes at a time: as fit a CPU's cache (0.5 MB in fp32), since it reads each a dozen
+# times; elsewhere as many as there is memory for (0.25 GB), since each step is a launch.
+_SEARCH_BLOCK_ON_CPU, _SEARCH_BLOCK = 1 << 17, 1 << 26
 
 
 def kronecker_shape(num_features: int) -> tuple[int, int] | None:
@@ -238,8 +240,8 @@ def quantize_weight(weight: Tensor, *, search: bool) -> tuple[Tensor, Tensor]:
     """
     scale = weight.abs().amax(1).clamp_min(1e-30) / 7
     if search:
-        # In blocks of rows that stay in the cache: the search reads each weight a dozen times.
-        rows = max(1, _SEARCH_BLOCK // weight.shape[1])
+        block = _SEARCH_BLOCK_ON_CPU if weight.device.type == "cpu" else _SEARCH_BLOCK
+        rows = max(1, block // weight.shape[1])
         blocks = zip(weight.split(rows), scale.split(rows), strict=True)
         scale = torch.cat([_best_scale(*block) for block in blocks])
     codes = (weight / scale.unsqueeze(1)).round_().clamp_(-7, 7).to(torch.int8)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from freeact_fx import transform
 from freeact_fx.reference import pack_int4, unpack_int4
 from freeact_fx.transform import quantize_weight
 
@@ -91,3 +92,19 @@ def test_search_never_loses_to_the_largest_magnitude() -> None:
         errors.append((weight_i4 * scale[:, None] - weight).square().sum(1))
     assert bool((errors[1] <= errors[0] * 1.000001).all())
     assert float(errors[1].sum()) < 0.9 * float(errors[0].sum())
+
+
+@pytest.mark.parametrize(("device", "blocks"), [("cpu", 4), ("meta", 1)])
+def test_a_search_takes_few_launches_where_nothing_is_cached(
+    device: str, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[int] = []
+    best_scale = transform._best_scale
+
+    def counted(weight: Tensor, largest: Tensor) -> Tensor:
+        searched.append(len(weight))
+        return best_scale(weight, largest)
+
+    monkeypatch.setattr(transform, "_best_scale", counted)
+    quantize_weight(torch.ones(128, 4096, device=device), search=True)
+    assert searched == blocks * [128 // blocks]
