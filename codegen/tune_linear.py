@@ -36,7 +36,7 @@ def tune_linears(graph: Graph) -> None:
         ):
             continue
         weights: Any = node.args[2] if isinstance(node.args[2], list) else [node.args[2]]
-        codes: Any = node.args[0].meta["val"]  # type: ignore[union-attr]
+        codes: Any = node.args[0].meta["val"]
         if is_hopper(codes.device):
             num_tokens = 1
             for size in codes.shape[:-1]:

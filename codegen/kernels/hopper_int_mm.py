@@ -141,11 +141,11 @@ def those_given(first, second, third):
     """What there is of each Linear of a launch: a tuple without None."""
     given = ()
     if first is not None:
-        given = (first,)  # type: ignore[assignment]
+        given = (first,)
     if second is not None:
-        given = (first, second)  # type: ignore[assignment]
+        given = (first, second)
     if third is not None:
-        given = (first, second, third)  # type: ignore[assignment]
+        given = (first, second, third)
     return given
 
 
