@@ -30,6 +30,7 @@ from typing import Any
 import measure
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 from torch.autograd import DeviceType
 
 import freeact_fx
@@ -87,6 +88,9 @@ class Bench:
         mode = "reduce-overhead" if cuda_graph else None
         if max_autotune:
             mode = "max-autotune" if cuda_graph else "max-autotune-no-cudagraphs"
+            # Its search makes the blocks of a long scan (in masked_scatter) smaller than their workspace is sized for,
+            # and memory behind it is overwritten (pytorch/pytorch#197493): a size that its search does not go below.
+            inductor_config.triton.min_split_scan_rblock = 32
         return torch.compile(module, dynamic=False, mode=mode)
 
     def captured(self, call: Call) -> Call:

@@ -69,7 +69,7 @@ def error(model: nn.Module, checkpoint: Checkpoint, *, compiled: bool = False) -
 @pytest.fixture(scope="module")
 def errors() -> dict[str, float]:
     model = model_with_outliers()
-    methods = METHODS | {"flatquant": partial(baselines.flatquant_like, epochs=20)}
+    methods = METHODS | {"flatquant": partial(baselines.flatquant_like, epochs=60)}
     return {
         name: error(model, method(model, BATCHES, CONFIG, progress=False))
         for name, method in methods.items()
