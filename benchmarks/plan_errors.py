@@ -7,6 +7,9 @@ The masked-diffusion model, calibrated once under each plan: one transform for a
 squared error of the outputs on held-out tokens, relative to the energy of the type's outputs, as calibration measures
 it: weights and activations in 4 bits, each Linear by itself behind the float model. It is a mean over layers, and over
 the Linears of a kind.
+
+Then once under plan "auto" that measures all plans, weights rounded to nearest: a mean over types, too, and in how many
+groups each plan errs least. "types alike" has one mean and one clip for all tokens, and more branch for the same bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from small_models import CACHE, load_masked_diffusion
 
 import freeact_fx
 
-PLANS = ("single", "shift", "branch")
+PLANS = ("single", "shift", "branch", "auto")
+_ALL_OF_THEM = 100  # more plans than there are
 # By the last part of a Linear's name.
 KINDS = {
     "q, k, v": ("q_proj", "k_proj", "v_proj"),
@@ -51,6 +55,38 @@ def mean_errors(of_groups: Mapping[str, Any]) -> Errors:
         if types:
             found[kind] = {t: statistics.mean(e[t] for e in of_kind if t in e) for t in types}
     return found
+
+
+def measured_plans(of_groups: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """From a checkpoint's statistics, by kind of Linear and plan, the worst first: mean error, and ``best_in`` how many
+    groups it is the least. A plan that some group of the kind does not have is left out."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for kind, endings in KINDS.items():
+        of_kind = [
+            {label: plan["measured"] for label, plan in group["plans"].items()}
+            for group in of_groups.values()
+            if next(iter(group["error"])).rpartition(".")[2] in endings
+        ]
+        if not of_kind:
+            continue
+        best = [min(errors, key=errors.__getitem__) for errors in of_kind]
+        labels = [label for label in of_kind[0] if all(label in errors for errors in of_kind)]
+        means = {label: statistics.mean(e[label] for e in of_kind) for label in labels}
+        found[kind] = {
+            label: {"error": means[label], "best_in": best.count(label)}
+            for label in sorted(means, key=means.__getitem__, reverse=True)
+        }
+    return found
+
+
+def plan_rows(of_kinds: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[list[str]]:
+    """Head, then a row for each kind; a column for each plan: its error, and in how many groups it is the least."""
+    labels = list(next(iter(of_kinds.values())))
+    rows = [["Linears", *labels]]
+    for kind, plans in of_kinds.items():
+        there = [plans.get(label) for label in labels]
+        rows.append([kind, *(f"{p['error']:.4f} ({p['best_in']})" if p else "" for p in there)])
+    return rows
 
 
 def error_rows(errors: Mapping[str, Errors]) -> list[list[str]]:
@@ -81,9 +117,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     batches = dllm_calibration_batches(args.windows)
     errors = {}
     for plan in args.plans:
-        config = replace(DLLM_CONFIG, plan=plan, skip=("lm_head", *sizes.skipped_layers))
+        config = replace(
+            DLLM_CONFIG,
+            plan=plan,
+            plans_measured=_ALL_OF_THEM,
+            skip=("lm_head", *sizes.skipped_layers),
+        )
         checkpoint = freeact_fx.calibrate(model, batches, config, progress=True)
-        errors[plan] = mean_errors(checkpoint.statistics)
+        facts: dict[str, Any] = {"errors": mean_errors(checkpoint.statistics)}
+        if plan == "auto":
+            facts["plans"] = measured_plans(checkpoint.statistics)
+            print(table(plan_rows(facts["plans"])))
+        else:
+            errors[plan] = facts["errors"]
         append_result(
             args.out,
             plan=plan,
@@ -91,9 +137,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             num_windows=args.windows,
             layer_step=args.layer_step,
             num_groups=len(checkpoint.groups),
-            errors=errors[plan],
+            **facts,
         )
-    print(table(error_rows(errors)))
+    if errors:
+        print(table(error_rows(errors)))
 
 
 if __name__ == "__main__":

@@ -229,7 +229,7 @@ def refine(fitted: GroupTransform, statistics: GroupStatistics) -> GroupTransfor
 
     Returns ``fitted`` itself if the error on the held-out tokens is not smaller in the end, and always if it has
     several slices, as ``duplicate`` and ``paper`` do. Branch columns stay; in the new coordinates others may be
-    stronger. Weights are to be packed anew.
+    stronger. Weights are to be packed anew, and their clips searched then: the learned ones are those of the training.
 
     Error: squared, of the group's outputs, of each type relative to the energy of its outputs, and mixed by the numbers
     of their tokens. (A type counts otherwise in ``GroupMoments.type_weights``, with the root of that energy.)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import plan_errors
 import pytest
 import torch
-from plan_errors import error_rows, mean_errors
+from plan_errors import error_rows, mean_errors, measured_plans, plan_rows
 from torch import Tensor, nn
 
 from freeact_fx import QuantConfig, TokenTypes
@@ -52,6 +53,26 @@ def test_a_row_for_each_kind_and_type() -> None:
     ]
 
 
+def test_plans_from_the_worst_to_the_best() -> None:
+    def group(name: str, **measured: float) -> dict[str, Any]:
+        plans = {label: {"measured": error} for label, error in measured.items()}
+        return {"error": {f"layers.{name}": {}}, "plans": plans}
+
+    of_kinds = measured_plans(
+        {
+            "a": group("0.o_proj", single=3.0, shift=4.0),
+            "b": group("1.o_proj", single=5.0, shift=2.0, branch=9.0),
+            "c": group("1.down_proj", single=1.0, branch=0.5),
+        }
+    )
+    assert list(of_kinds["o"]) == ["single", "shift"]
+    assert plan_rows(of_kinds) == [
+        ["Linears", "single", "shift"],
+        ["o", "4.0000 (1)", "3.0000 (1)"],
+        ["down", "1.0000 (0)", ""],
+    ]
+
+
 def test_run_records_every_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,12 +85,17 @@ def test_run_records_every_plan(
     out = tmp_path / "plan_errors.jsonl"
     plan_errors.main(["--out", str(out)])
     records = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [record["plan"] for record in records] == ["single", "shift", "branch"]
+    assert [record["plan"] for record in records] == ["single", "shift", "branch", "auto"]
     for record in records:
         assert record["num_groups"] == 2
         assert record["errors"].keys() == {"o", "down"}
         assert all(
             by_type.keys() == {"unmasked", "masked"} for by_type in record["errors"].values()
         )
+    for plans in records[-1]["plans"].values():
+        errors = [plan["error"] for plan in plans.values()]
+        assert errors == sorted(errors, reverse=True)
+        assert {"single", "branch", "branch, types alike", "paper"} <= plans.keys()
+        assert sum(plan["best_in"] for plan in plans.values()) == 1  # one group of each kind
     shown = capsys.readouterr().out.splitlines()
-    assert shown[0].split()[-3:] == ["single", "shift", "branch"]
+    assert shown[4].split()[-3:] == ["single", "shift", "branch"]
