@@ -18,8 +18,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from presentation import table
-
 Row = Mapping[str, Any]
 
 DEFAULT = "default"
@@ -254,6 +252,8 @@ def tables(summary: Mapping[str, Any]) -> dict[tuple[str, str], list[list[str]]]
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
+    from presentation import table  # with torch, which no worker's queue needs
+
     for (model, format_), rows in tables(summary).items():
         print(f"\n{model}, {format_.upper()}: mean over seeds ± standard deviation\n{table(rows)}")
     print()

@@ -117,8 +117,8 @@ def measure(bench: Bench, row: Row, ceilings: Mapping[str, Any]) -> dict[str, An
     except Exception as error:  # the rows after it are to be measured still
         traceback.print_exc(limit=-6)
         fields = {"value": None, "error": brief(error)}
-    gc.collect()
     if bench.on_gpu:
+        gc.collect()
         fields["peak_bytes"] = torch.cuda.max_memory_allocated()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -20,6 +21,12 @@ settings.register_profile("random", deadline=None, database=None)
 settings.load_profile("freeact")
 # The models are tiny: a second thread costs more than it gives.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What the imported modules hold stays: no collection needs to walk over it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
