@@ -3,8 +3,9 @@
     python benchmarks/paper_slices.py                  appends to benchmarks/results/paper_slices.jsonl
 
 The masked-diffusion model. By kind of Linear and token type: the mean squared output that is lost if tokens of the type
-keep K / 2 coordinates, over all of it; a mean over layers, of other windows than the coordinates were chosen on. Which
-ones there are to choose from depends on what may rotate the channels first:
+keep K / 2 coordinates, over all of it; a mean over layers, of other windows than the coordinates were chosen on, without
+their first tokens (a type of their own, whose massive activations would be all that is seen). Which coordinates there
+are to choose from depends on what may rotate the channels first:
 
 * left factor: directions of the left Kronecker factor, as `paper` has them (`freeact_fx/narrow_slices.py`)
 * permutation: the channels as they are
@@ -63,10 +64,10 @@ def second_moments(
     """By Linear and token type: mean outer product [K, K] fp32 of its inputs."""
     totals: dict[str, dict[str, Tensor]] = defaultdict(dict)
     counts = dict.fromkeys(TYPES, 0)
-    is_masked = torch.empty(0)
+    of_type: dict[str, Tensor] = {}
 
     def collect(name: str, x: Tensor) -> None:
-        for type_name, chosen in zip(TYPES, (~is_masked, is_masked), strict=True):
+        for type_name, chosen in of_type.items():
             tokens = x[chosen].float()
             zero = x.new_zeros(x.shape[-1], x.shape[-1], dtype=torch.float32)
             totals[name].setdefault(type_name, zero).addmm_(tokens.t(), tokens)
@@ -77,7 +78,9 @@ def second_moments(
     ]
     for batch in batches:
         is_masked = batch["input_ids"] == MASK_TOKEN
-        for type_name, chosen in zip(TYPES, (~is_masked, is_masked), strict=True):
+        is_first = torch.arange(is_masked.shape[-1]) == 0
+        of_type.update(zip(TYPES, (~is_masked & ~is_first, is_masked & ~is_first), strict=True))
+        for type_name, chosen in of_type.items():
             counts[type_name] += int(chosen.sum())
         model(**batch)
     for hook in hooks:

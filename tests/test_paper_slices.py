@@ -29,6 +29,17 @@ class Model(nn.Module):
         return layer["down_proj"](layer["gate_proj"](x) * layer["up_proj"](x))
 
 
+class Named(nn.Module):
+    """A module of one input, which is called ``input_ids``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.module(input_ids)
+
+
 def energy_in(directions: Tensor) -> Tensor:
     return directions @ directions.t() + 1e-9 * torch.eye(len(directions))
 
@@ -60,6 +71,17 @@ def test_it_is_lost_of_the_held_out_tokens() -> None:
     strong, weak = torch.eye(16)[:, :8], torch.eye(16)[:, 8:]
     losses = lost(energy_in(strong), energy_in(weak), torch.eye(16), (4, 4))
     assert all(loss == pytest.approx(1.0) for loss in losses.values())
+
+
+def test_moments_are_means_by_type_without_first_tokens() -> None:
+    linear = nn.Linear(2, 2)
+    model = nn.Sequential(nn.Embedding(100, 2), linear)
+    ids = torch.tensor([[7, MASK, 8, MASK]])
+    rows = model[0].weight.data
+    rows[7], rows[8], rows[MASK] = torch.tensor([[100.0, 0.0], [1.0, 2.0], [3.0, 0.0]])
+    moments = paper_slices.second_moments(Named(model), {"linear": linear}, [{"input_ids": ids}])
+    assert moments["linear"]["unmasked"].tolist() == [[1.0, 2.0], [2.0, 4.0]]
+    assert moments["linear"]["masked"].tolist() == [[9.0, 0.0], [0.0, 0.0]]
 
 
 def test_run_records_every_kind_and_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
