@@ -3,9 +3,9 @@
     python benchmarks/paper_slices.py                  appends to benchmarks/results/paper_slices.jsonl
 
 The masked-diffusion model. By kind of Linear and token type: the mean squared output that is lost if tokens of the type
-keep K / 2 coordinates, over all of it; a mean over layers, of other windows than the coordinates were chosen on, without
-their first tokens (a type of their own, whose massive activations would be all that is seen). Which coordinates there
-are to choose from depends on what may rotate the channels first:
+keep K / 2 coordinates, over all of it; a mean over layers, of other windows than the coordinates were chosen on. First
+tokens are left out: they are a type of their own, and their massive activations would be all that is seen. Which
+coordinates there are to choose from depends on what may rotate the channels first:
 
 * left factor: directions of the left Kronecker factor, as `paper` has them (`freeact_fx/narrow_slices.py`)
 * permutation: the channels as they are
