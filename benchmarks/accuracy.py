@@ -63,11 +63,11 @@ from freeact_fx.predict import ranking_share
 
 QUICK_SIZES = Sizes(
     calibration_windows=8,
-    calibration_questions=48,
-    windows=2,
-    text_windows=8,
-    questions=96,
-    layer_step=3,
+    calibration_questions=32,
+    windows=1,
+    text_windows=4,
+    questions=48,
+    layer_step=5,
 )
 QUICK_METHODS = {
     "dllm": ("float", "flatquant-like short", "default", "one type"),
