@@ -353,10 +353,9 @@ def plot(summary: Mapping[str, Any], path: Path, format_: str = "w4a4") -> None:
         axis.barh(list(bars), means, xerr=spreads, color=colors)
         axis.invert_yaxis()
         # Why a limit: round to nearest collapses, and would make all others look alike.
-        compared = [mean for name, mean in zip(bars, means, strict=True) if name in BASELINES]
-        axis.set_xlim(
-            min(0, *means), max(2.2 * statistics.median(means), *(1.1 * m for m in compared))
-        )
+        compared = (mean for name, mean in zip(bars, means, strict=True) if name in BASELINES)
+        limits = [2.2 * statistics.median(means), *(1.1 * mean for mean in compared)]
+        axis.set_xlim(min(0.0, *means), max(limits))
         label = "NLL above float" if metric == "nll" else "KL to float"
         axis.set_title(f"{model} {format_.upper()}: {label}", fontsize=10)
         axis.set_xlabel("nats per token; longer bars are cut off", fontsize=8)

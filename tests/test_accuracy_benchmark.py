@@ -180,8 +180,10 @@ def test_document_keeps_what_is_outside_the_marks(tmp_path: Path) -> None:
     assert text.endswith("more\n" + marks.format("vlm w4a4"))
 
 
-def test_plot_is_a_picture(tmp_path: Path) -> None:
-    plot(summarise(DLLM, {}), tmp_path / "new" / "plot.png")
+@pytest.mark.parametrize("methods", [None, ("float", "default")], ids=["all", "without a baseline"])
+def test_plot_is_a_picture(tmp_path: Path, methods: tuple[str, ...] | None) -> None:
+    rows = [row for row in DLLM if methods is None or row["method"] in methods]
+    plot(summarise(rows, {}), tmp_path / "new" / "plot.png")
     assert (tmp_path / "new" / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
