@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from freeact_fx.closed_form import channel_scale, damped, geometric_mean
 from freeact_fx.moments import scaled
 from freeact_fx.narrow_slices import dropped_energy, left_basis
+from freeact_fx.token_moments import TokenMoments
 from freeact_fx.transform import kronecker_shape
 
 TYPES = ("unmasked", "masked")
@@ -62,30 +63,27 @@ def second_moments(
     model: nn.Module, linears: dict[str, nn.Linear], batches: Sequence[dict[str, Tensor]]
 ) -> dict[str, dict[str, Tensor]]:
     """By Linear and token type: mean outer product [K, K] fp32 of its inputs."""
-    totals: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    counts = dict.fromkeys(TYPES, 0)
-    of_type: dict[str, Tensor] = {}
-
-    def collect(name: str, x: Tensor) -> None:
-        for type_name, chosen in of_type.items():
-            tokens = x[chosen].float()
-            zero = x.new_zeros(x.shape[-1], x.shape[-1], dtype=torch.float32)
-            totals[name].setdefault(type_name, zero).addmm_(tokens.t(), tokens)
-
+    seen = {
+        name: TokenMoments(linear.in_features, len(TYPES), sample_tokens=1, seed=0, label=name)
+        for name, linear in linears.items()
+    }
+    types = torch.empty(0)
     hooks = [
-        linear.register_forward_pre_hook(lambda _, args, name=name: collect(name, args[0]))
+        linear.register_forward_pre_hook(
+            lambda _, args, name=name: seen[name].observe(*args, types)
+        )
         for name, linear in linears.items()
     ]
     for batch in batches:
-        is_masked = batch["input_ids"] == MASK_TOKEN
-        is_first = torch.arange(is_masked.shape[-1]) == 0
-        of_type.update(zip(TYPES, (~is_masked & ~is_first, is_masked & ~is_first), strict=True))
-        for type_name, chosen in of_type.items():
-            counts[type_name] += int(chosen.sum())
+        types = (batch["input_ids"] == MASK_TOKEN).int()
+        types[:, 0] = -1
         model(**batch)
     for hook in hooks:
         hook.remove()
-    return {n: {t: m / counts[t] for t, m in by_type.items()} for n, by_type in totals.items()}
+    return {
+        name: {t: of.moment[i] / float(of.count[i]) for i, t in enumerate(TYPES)}
+        for name, of in seen.items()
+    }
 
 
 def inputs_of_layers(model: nn.Module, step: int) -> Iterator[tuple[str, str, list[nn.Linear]]]:
