@@ -302,7 +302,7 @@ def test_transform_without_rounding(num_features: int, kind: str) -> None:
         (4096, 64, 0, 7),
         (4096, 72, 24, 448),
         (3584, 128, 32, 7),
-        (2816, 32, 0, 7),  # smaller chunks
+        (11008, 32, 0, 7),  # smaller chunks
         (640, 9, 3, 7),  # columns that are not in memory at multiples of eight
         (256, 40, 0, 7),  # fewer chunks than places
     ],

@@ -142,6 +142,11 @@ def test_every_linear_is_in_the_report_once(name: str) -> None:
         warnings.filterwarnings("ignore", ".* should not be instantiated", DeprecationWarning)
         report = freeact_fx.explain(model, **inputs, options={"token_types": types}, code=True)
     check_report(report, linears_of(model))
+    assert report.quantized
+    assert not [r.name for r in report.linears if r.reason == "no graph has it"]
+    if name == "gemma3":
+        row = report["model.vision_tower.head.attention.out_proj"]
+        assert row.reason == "its weight is read by multi_head_attention_forward, not by a linear"
     # How the types are known is told from the ids on, graph breaks or not.
     told = "vision" if types.merge_index is not None else "masked"
     for row in report.quantized:
