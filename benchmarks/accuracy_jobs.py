@@ -82,6 +82,7 @@ ABLATIONS = (
     "no sink",
     "only sink",
     "no refit",
+    "refit on the quantised stream",
     "no clip search",
     "no absorbing",
     "sensitivity",

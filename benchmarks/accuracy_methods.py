@@ -16,6 +16,7 @@ from unittest import mock
 import baselines
 import torch
 from accuracy_models import Batches
+from quantised_stream import refit_on_quantised_stream
 from sensitivity import gradient_energies
 from small_models import MASK_TOKEN
 from torch import nn
@@ -198,6 +199,10 @@ METHODS = {
     "no clip search": _ablation("the default without a search for clips", clip_search=False),
     "no refit": _ablation(
         "the default, weights not fitted to rounded activations before GPTQ", refit=False
+    ),
+    "refit on the quantised stream": Method(
+        "the default, weights fitted anew to what the quantised layers before deliver",
+        refit_on_quantised_stream,
     ),
     "no absorbing": _ablation(
         "the default, the branch not made to absorb rounding", branch_absorbs=False
