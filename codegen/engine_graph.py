@@ -37,6 +37,14 @@ from .tune_linear import tune_linears
 aten, prims = torch.ops.aten, torch.ops.prims
 freeact = torch.ops.freeact
 
+_TRANSFORMS = (
+    freeact.engine_transform_quantize.default,
+    freeact.engine_norm_transform_quantize.default,
+    freeact.engine_add_norm_transform_quantize.default,
+    freeact.engine_gated_transform_quantize.default,
+    freeact.engine_branch_quantize.default,
+)
+
 
 def use_engine_ops(graph: Graph, *, tune: bool = False) -> None:
     """Replace the plain ops whose codes a GPU has an engine for; edits the graph in place.
@@ -67,9 +75,33 @@ def use_engine_ops(graph: Graph, *, tune: bool = False) -> None:
     graph.eliminate_dead_code()
     fold_norms(graph)
     join_linears(graph)
+    _bring_to_readers(graph)
     if tune:
         tune_linears(graph)
     graph.lint()
+
+
+def _bring_to_readers(graph: Graph) -> None:
+    """Put each transform in front of what first reads it.
+
+    Inductor has put those of Linears that know nothing of each other one after the other, and the products behind all
+    of them. But the weights of a product come while the transform before it runs, and codes need not wait in memory.
+    """
+    waiting: set[Node] = set()
+
+    def bring(node: Node, reader: Node) -> None:
+        for operand in node.all_input_nodes:
+            if operand in waiting:
+                waiting.remove(operand)
+                bring(operand, reader)
+                reader.prepend(operand)
+
+    for node in list(graph.nodes):
+        is_result = node.target is operator.getitem and node.args[0] in waiting
+        if is_result or node.target in _TRANSFORMS:
+            waiting.add(node)
+        else:
+            bring(node, node)
 
 
 def _mark(graph: Graph, output: Node) -> None:

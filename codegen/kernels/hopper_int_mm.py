@@ -5,14 +5,14 @@ groups of four warps take a part of the outputs each: they unpack weights into r
 tile out while the next one is loaded. Programs are persistent, one or two per multiprocessor.
 
 Barriers: the first of a stage counts the bytes that have arrived, the second one arrival from each group that has read
-them: with eight warps in one group some would arrive before others have read.
+them: with eight warps in one group some would arrive before others have read. One more counts the codes of the first
+steps, whose weights come before them.
 
 Where there are too few tiles for the chip, K is split among programs. Each leaves its sum in memory and counts itself;
-the last one adds what the others left, and does the epilogue. Weights are on their way before the kernel before is done
-(``stream_order``), as many as there is room for in shared memory. Why not the rest, into the L2 cache: its copies are
-in the way of those that are waited for, and what comes a kernel too early is evicted; with few tokens that was slower.
-Tiles of few tokens take less than half of a multiprocessor, so that the transform after them and the next Linear's
-weights need not wait for their end.
+the last one adds what the others left, and does the epilogue. Weights come before the kernel before is done
+(``stream_order``), as many as there is room for in shared memory, and a few at a time: all at once they would fill the
+memory's queues, and the transform, which has to be done first, would wait behind them for its tokens. Why not the
+rest, into the L2 cache: that was slower with all of them at once and with a few at a time.
 
 Linears of one input (q, k, v) are one launch, whose programs share the tiles of all: with few tokens all their weights
 are on their way before the kernel before is done, with many there is one last round of tiles and not three.
@@ -67,6 +67,9 @@ from .stream_order import allow_next_kernel, counters, wait_for_previous_kernel
 ONE_IN_SUMS = {torch.int8: 16.0, torch.float8_e4m3fn: 2.0**-9}
 
 _OLD_NAME = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))
+
+# Whose weights are under way at a time before the kernel before is done, for each tile of tokens.
+_STEPS_AT_A_TIME = gl.constexpr(3)
 
 _INSTRUCTION_TOKENS = gl.constexpr(128)  # int8 wgmma is refused at 256
 
@@ -304,19 +307,31 @@ def copy_tiles(
         which, tile_m, tile_n = place_of(item // SPLIT_K, num_m, nums_n, GROUP_M)
         first, last = part_of(0, num_even, item % SPLIT_K, BLOCK_K, SPLIT_K)
         num_ahead = gl.minimum((last - first) // BLOCK_K, STAGES)
+        # Tiles of other tokens take the same weights, out of the L2 cache.
+        at_a_time = _STEPS_AT_A_TIME * num_m
         for stage in range(0, num_ahead):
-            mbarrier.expect(barriers.index(stage), STEP_BYTES)
-            byte = first + stage * BLOCK_K
+            if stage >= at_a_time:
+                mbarrier.wait(barriers.index(stage - at_a_time), 0)
+            mbarrier.expect(barriers.index(stage), GROUPS * ROWS * BLOCK_K)
             for group in gl.static_range(GROUPS):
-                row = (tile_n * GROUPS + group) * ROWS
                 load_tile_of(
                     weights,
                     which,
-                    [row, byte],
+                    [(tile_n * GROUPS + group) * ROWS, first + stage * BLOCK_K],
                     barriers.index(stage),
                     weight_ring.index(GROUPS * stage + group),
                 )
-    wait_for_previous_kernel()
+        wait_for_previous_kernel()
+        of_codes = barriers.index(2 * STAGES)
+        for stage in range(0, num_ahead):
+            place, byte = tile_m * BLOCK_M, first + stage * BLOCK_K
+            mbarrier.expect(of_codes, 2 * BLOCK_M * BLOCK_K)
+            load_tile(codes, [place, byte], of_codes, codes_ring.index(2 * stage))
+            load_tile(codes, [place, num_even + byte], of_codes, codes_ring.index(2 * stage + 1))
+        for _ in range(num_ahead, STAGES):
+            mbarrier.arrive(of_codes)
+    else:
+        wait_for_previous_kernel()
     step = 0
     for item in range(gl.program_id(0), num_tiles(num_m, nums_n) * SPLIT_K, gl.num_programs(0)):
         which, tile_m, tile_n = place_of(item // SPLIT_K, num_m, nums_n, GROUP_M)
@@ -334,18 +349,18 @@ def copy_tiles(
         )
         first, last = part_of(first, last, item % SPLIT_K, BLOCK_K, SPLIT_K)
         for byte in range(first, last, BLOCK_K):
-            stage = step % STAGES
-            arrived = barriers.index(stage)
             if step >= num_ahead:
+                stage = step % STAGES
+                arrived = barriers.index(stage)
                 mbarrier.wait(barriers.index(STAGES + stage), ((step // STAGES) & 1) ^ 1)
                 mbarrier.expect(arrived, STEP_BYTES)
                 for group in gl.static_range(GROUPS):
                     row = (tile_n * GROUPS + group) * ROWS
                     target = weight_ring.index(GROUPS * stage + group)
                     load_tile_of(weights, which, [row, byte], arrived, target)
-            row = tile_m * BLOCK_M
-            load_tile(codes, [row, byte], arrived, codes_ring.index(2 * stage))
-            load_tile(codes, [row, num_even + byte], arrived, codes_ring.index(2 * stage + 1))
+                row = tile_m * BLOCK_M
+                load_tile(codes, [row, byte], arrived, codes_ring.index(2 * stage))
+                load_tile(codes, [row, num_even + byte], arrived, codes_ring.index(2 * stage + 1))
             step += 1
         for column in gl.static_range(0, RANK, BLOCK_K // 2):
             stage = step % STAGES
@@ -612,6 +627,8 @@ def multiply_tiles(
                 weight_scale_ptr, bias_ptr, n, N, DEFAULT_TYPE, SLICE_OF_TYPE, NUM_SLICES, TYPED
             )
         total = gl.zeros((ROWS, BLOCK_M), gl.float32 if E4M3 else gl.int32, layout)
+        if NUM_SLICES == 1:
+            mbarrier.wait(barriers.index(2 * STAGES), 0)  # once and for all
         for _byte in range(first, last, BLOCK_K):
             stage = step % STAGES
             mbarrier.wait(barriers.index(stage), (step // STAGES) & 1)
@@ -751,10 +768,11 @@ def hopper_linear_kernel(
     by_token: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     scale_tiles = gl.allocate_shared_memory(gl.float32, [GROUPS, BLOCK_M], by_token)
     type_tiles = gl.allocate_shared_memory(gl.int8, [GROUPS, BLOCK_M], by_token)
-    barriers = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
+    barriers = gl.allocate_shared_memory(gl.int64, [2 * STAGES + 1, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(barriers.index(stage), count=1)
         mbarrier.init(barriers.index(STAGES + stage), count=GROUPS)
+    mbarrier.init(barriers.index(2 * STAGES), count=STAGES)
     weights = those_given(weight, weight_1, weight_2)
     outs = those_given(out, out_1, out_2)
     branches = those_given(branch, branch_1, branch_2)

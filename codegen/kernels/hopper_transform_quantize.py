@@ -339,7 +339,7 @@ def product_layout(columns, num_warps):
 
 
 @gluon.jit
-def load_factor(
+def load_piece(
     ptr,
     FIRST_ROW: gl.constexpr,
     ROWS: gl.constexpr,
@@ -351,55 +351,75 @@ def load_factor(
     END: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """A piece of a factor [NUM_ROWS, NUM_COLUMNS] in bf16; zeros outside of its columns START to END."""
+    """A piece of a factor [NUM_ROWS, NUM_COLUMNS] in fp32; zeros outside of its columns START to END."""
     layout: gl.constexpr = memory_layout(ROWS, COLUMNS, num_warps)
     row = FIRST_ROW + gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
     column = FIRST_COLUMN + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
     inside = (row < NUM_ROWS) & (column >= START) & (column < END)
-    return gl.load(ptr + row * NUM_COLUMNS + column, inside, 0.0).to(gl.bfloat16)
+    return gl.load(ptr + row * NUM_COLUMNS + column, inside, 0.0)
 
 
 @gluon.jit
-def put_left(
-    tile,
+def load_left(
+    tiles,
     ptr,
     FIRST_ROW: gl.constexpr,
-    NUM_ROWS: gl.constexpr,
-    NUM_COLUMNS: gl.constexpr,
-    START: gl.constexpr,
-    WIDTH: gl.constexpr,
+    SLICE: gl.constexpr,
+    D1: gl.constexpr,
+    STARTS: gl.constexpr,
+    WIDTHS: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """A piece of a slice of the left factor into shared memory."""
-    ROWS: gl.constexpr = tile.shape[0]
-    COLUMNS: gl.constexpr = tile.shape[1]
-    piece = load_factor(
-        ptr, FIRST_ROW, ROWS, 0, COLUMNS, NUM_ROWS, NUM_COLUMNS, START, START + WIDTH, num_warps
-    )
-    tile.store(piece)
+    """What one of the tiles [slices, rows, columns] of the left factor is for."""
+    ROWS: gl.constexpr = tiles.shape[1]
+    COLUMNS: gl.constexpr = tiles.shape[2]
+    LAST: gl.constexpr = len(WIDTHS) - 1
+    WIDTH: gl.constexpr = STARTS[LAST] + WIDTHS[LAST]
+    START: gl.constexpr = STARTS[SLICE]
+    END: gl.constexpr = STARTS[SLICE] + WIDTHS[SLICE]
+    return load_piece(ptr, FIRST_ROW, ROWS, 0, COLUMNS, D1, WIDTH, START, END, num_warps)
 
 
 @gluon.jit
-def put_right(
-    tile,
+def load_right(
+    tiles,
     ptr,
     FIRST_ROW: gl.constexpr,
     FIRST_COLUMN: gl.constexpr,
+    SLICE: gl.constexpr,
     D2: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """A piece of the right factor into shared memory."""
-    ROWS: gl.constexpr = tile.shape[0]
-    COLUMNS: gl.constexpr = tile.shape[1]
-    piece = load_factor(ptr, FIRST_ROW, ROWS, FIRST_COLUMN, COLUMNS, D2, D2, 0, D2, num_warps)
-    tile.store(for_contiguous_codes(piece))
+    """The same of the right one."""
+    ROWS: gl.constexpr = tiles.shape[1]
+    COLUMNS: gl.constexpr = tiles.shape[2]
+    ptr += SLICE * D2 * D2
+    return load_piece(ptr, FIRST_ROW, ROWS, FIRST_COLUMN, COLUMNS, D2, D2, 0, D2, num_warps)
 
 
 @gluon.jit
-def load_channels(ptr, place, OFFSET: gl.constexpr):
-    """OFFSET plus one value for each channel of a piece of a token, in bf16."""
+def put_left(tile, piece):
+    """A piece of the left factor into shared memory."""
+    tile.store(piece.to(gl.bfloat16))
+
+
+@gluon.jit
+def put_right(tile, piece):
+    """The same of the right one."""
+    tile.store(for_contiguous_codes(piece.to(gl.bfloat16)))
+
+
+@gluon.jit
+def load_channels(ptr, place):
+    """One value for each channel of a piece of a token."""
     offset, inside = place
-    return (OFFSET + gl.load(ptr + offset, inside, 0.0).to(gl.float32)).to(gl.bfloat16)
+    return gl.load(ptr + offset, inside, 0.0)
+
+
+@gluon.jit
+def of_channels(values, OFFSET: gl.constexpr):
+    """OFFSET plus what ``load_channels`` loaded, in bf16."""
+    return (OFFSET + values.to(gl.float32)).to(gl.bfloat16)
 
 
 @gluon.jit
@@ -782,16 +802,6 @@ def hopper_transform_quantize_kernel(
         right_ba = bf16_tiles(NUM_SLICES, COLUMNS_B, COLUMNS)
         right_ab = bf16_tiles(NUM_SLICES, COLUMNS, COLUMNS_B)
         right_bb = bf16_tiles(NUM_SLICES, COLUMNS_B, COLUMNS_B)
-    for s in gl.static_range(NUM_SLICES):
-        put_left(left_a.index(s), left_ptr, 0, D1, WIDTH, STARTS[s], WIDTHS[s], num_warps)
-        if IN_B > 0:
-            put_left(left_b.index(s), left_ptr, IN_A, D1, WIDTH, STARTS[s], WIDTHS[s], num_warps)
-        right = right_ptr + s * D2 * D2
-        put_right(right_aa.index(s), right, 0, 0, D2, num_warps)
-        if COLUMNS_B > 0:
-            put_right(right_ba.index(s), right, COLUMNS, 0, D2, num_warps)
-            put_right(right_ab.index(s), right, 0, COLUMNS, D2, num_warps)
-            put_right(right_bb.index(s), right, COLUMNS, COLUMNS, D2, num_warps)
     layout_a: gl.constexpr = memory_layout(IN_A, COLUMNS, num_warps)
     place_a = place_of(0, IN_A, 0, COLUMNS, D1, D2, layout_a)
     in_x: gl.constexpr = layout_of_registers(layout_a, DTYPE)
@@ -805,15 +815,52 @@ def hopper_transform_quantize_kernel(
         x_place_b = place_of(
             FIRST_ROW_B, ROWS_B, FIRST_COLUMN_B // PAIR, WIDTH_B // PAIR, D1, D2 // PAIR, in_x_b
         )
+    token = gl.program_id(0)
+    channel_scale_a, channel_scale_b = channel_scale_ptr, channel_scale_ptr
+    weight_a, bias_a, weight_b, bias_b = weight_ptr, bias_ptr, weight_ptr, bias_ptr
+    x_ring, arrived = left_a, left_a
+    NUM_PUT: gl.constexpr = 0 if IN_REGISTERS else 1
+    if not IN_REGISTERS:
+        x_ring = gl.allocate_shared_memory(DTYPE, [TOKENS_AHEAD, 1, IN_A, COLUMNS], x_rows.layout)
+        arrived = gl.allocate_shared_memory(gl.int64, [TOKENS_AHEAD, 1], mbarrier.MBarrierLayout())
+        for number in gl.static_range(TOKENS_AHEAD):
+            mbarrier.init(arrived.index(number), count=1)
+        # The first tokens take longest, and the rest is asked for before any of it is waited for.
+        wait_for_previous_kernel()
+        for ahead in gl.static_range(TOKENS_AHEAD):
+            copy_token(x_rows, x_ring, arrived, ahead, token + ahead * gl.num_programs(0), M)
+        left = load_left(left_a, left_ptr, 0, 0, D1, STARTS, WIDTHS, num_warps)
+        right = load_right(right_aa, right_ptr, 0, 0, 0, D2, num_warps)
+        if channel_scale_ptr is not None:
+            channel_scale_a = load_channels(channel_scale_ptr, place_a)
+        if weight_ptr is not None:
+            weight_a = load_channels(weight_ptr, place_a)
+        barrier()  # behind it the assembler would have the last of them only once it has put the first away
+        put_left(left_a.index(0), left)
+        put_right(right_aa.index(0), right)
+    for s in gl.static_range(NUM_PUT, NUM_SLICES):
+        put_left(left_a.index(s), load_left(left_a, left_ptr, 0, s, D1, STARTS, WIDTHS, num_warps))
+        if IN_B > 0:
+            piece = load_left(left_b, left_ptr, IN_A, s, D1, STARTS, WIDTHS, num_warps)
+            put_left(left_b.index(s), piece)
+        put_right(right_aa.index(s), load_right(right_aa, right_ptr, 0, 0, s, D2, num_warps))
+        if COLUMNS_B > 0:
+            piece = load_right(right_ba, right_ptr, COLUMNS, 0, s, D2, num_warps)
+            put_right(right_ba.index(s), piece)
+            piece = load_right(right_ab, right_ptr, 0, COLUMNS, s, D2, num_warps)
+            put_right(right_ab.index(s), piece)
+            piece = load_right(right_bb, right_ptr, COLUMNS, COLUMNS, s, D2, num_warps)
+            put_right(right_bb.index(s), piece)
     tokens_a = bf16_tiles(TURNS, IN_A, COLUMNS)
     tokens_b = tokens_a
     if HAS_B:
         tokens_b = bf16_tiles(TURNS, ROWS_B, WIDTH_B)
-    channel_scale_a, channel_scale_b = channel_scale_ptr, channel_scale_ptr
     if channel_scale_ptr is not None:
-        channel_scale_a = load_channels(channel_scale_ptr, place_a, 0.0)
+        if IN_REGISTERS:
+            channel_scale_a = load_channels(channel_scale_ptr, place_a)
+        channel_scale_a = of_channels(channel_scale_a, 0.0)
         if HAS_B:
-            channel_scale_b = load_channels(channel_scale_ptr, place_b, 0.0)
+            channel_scale_b = of_channels(load_channels(channel_scale_ptr, place_b), 0.0)
         if SCALE_IN_SHARED:
             # One token alone comes where they were: each thread has taken its own.
             scale_tile_a, scale_tile_b = tokens_a.index(0), tokens_b.index(0)
@@ -826,13 +873,14 @@ def hopper_transform_quantize_kernel(
             if HAS_B:
                 scale_tile_b.store(channel_scale_b)
                 channel_scale_b = scale_tile_b
-    x_ring, arrived = left_a, left_a
-    if not IN_REGISTERS:
-        x_ring = gl.allocate_shared_memory(DTYPE, [TOKENS_AHEAD, 1, IN_A, COLUMNS], x_rows.layout)
-        arrived = gl.allocate_shared_memory(gl.int64, [TOKENS_AHEAD, 1], mbarrier.MBarrierLayout())
-        for number in gl.static_range(TOKENS_AHEAD):
-            mbarrier.init(arrived.index(number), count=1)
-    wait_for_previous_kernel()
+    if IN_REGISTERS:
+        if ONE_EACH:
+            # As far as the L2 cache, in case that no kernel has just written it.
+            row = gl.minimum(token, M - 1).to(gl.int64)
+            fetch(x_ptr + row * x_stride, K, num_warps)
+            if other_ptr is not None:
+                fetch(other_ptr + row * other_stride, K, num_warps)
+        wait_for_previous_kernel()
     # What the warps tell each other: two sums and a maximum.
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     sums = gl.allocate_shared_memory(gl.float32, [2, num_warps], flat)
@@ -848,16 +896,12 @@ def hopper_transform_quantize_kernel(
             exchange = (even_a, odd_a, even_b, odd_b)
     # What comes from DRAM is under way before it is needed: x, a token ahead in registers or more than one in shared
     # memory; its type, which says where the shift is; the rest as far as the L2 cache.
-    token = gl.program_id(0)
     here = gl.minimum(token, M - 1)  # the token in x
     x_a, x_b = x_ptr, x_ptr
     if IN_REGISTERS:
         x_a = load_token(x_ptr + here.to(gl.int64) * x_stride, x_place_a)
         if HAS_B:
             x_b = load_token(x_ptr + here.to(gl.int64) * x_stride, x_place_b)
-    else:
-        for ahead in gl.static_range(TOKENS_AHEAD):
-            copy_token(x_rows, x_ring, arrived, ahead, token + ahead * gl.num_programs(0), M)
     others = (None, None)
     if ONE_EACH and other_ptr is not None:
         other_row = other_ptr + here.to(gl.int64) * other_stride
@@ -869,15 +913,16 @@ def hopper_transform_quantize_kernel(
     clip = 1.0
     if ONE_EACH:
         clip = gl.load(clip_ptr + type_here)
-    weight_a, bias_a, weight_b, bias_b = weight_ptr, bias_ptr, weight_ptr, bias_ptr
     if weight_ptr is not None:
-        weight_a = load_channels(weight_ptr, place_a, WEIGHT_OFFSET)
+        if IN_REGISTERS:
+            weight_a = load_channels(weight_ptr, place_a)
+        weight_a = of_channels(weight_a, WEIGHT_OFFSET)
         if HAS_B:
-            weight_b = load_channels(weight_ptr, place_b, WEIGHT_OFFSET)
+            weight_b = of_channels(load_channels(weight_ptr, place_b), WEIGHT_OFFSET)
     if bias_ptr is not None:
-        bias_a = load_channels(bias_ptr, place_a, 0.0)
+        bias_a = of_channels(load_channels(bias_ptr, place_a), 0.0)
         if HAS_B:
-            bias_b = load_channels(bias_ptr, place_b, 0.0)
+            bias_b = of_channels(load_channels(bias_ptr, place_b), 0.0)
     lefts = (left_a, left_b)
     rights = (right_aa, right_ba, right_ab, right_bb)
     tokens = (tokens_a, tokens_b)

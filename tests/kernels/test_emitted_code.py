@@ -159,6 +159,36 @@ def test_linears_of_one_input_in_one_call_on_hopper(
 
 
 @pytest.mark.inductor
+def test_a_transform_runs_right_before_its_product(
+    emitted: Emissions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of Linears that know nothing of each other, too: Inductor would have all transforms first."""
+    for module in (engine_ops, lowering):
+        monkeypatch.setattr(module, "is_hopper", lambda device: True)
+
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms = nn.ModuleList(nn.RMSNorm(WIDTH) for _ in range(3))
+            self.linears = nn.ModuleList(nn.Linear(WIDTH, HIDDEN) for _ in range(3))
+
+        def forward(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
+            each = zip(self.norms, self.linears, inputs, strict=True)
+            return [linear(norm(x)) for norm, linear, x in each]
+
+    config = QuantConfig(plan="shift", token_types=TokenTypes.single())
+    with torch.no_grad():
+        model = Several().eval().bfloat16()
+        freeact_fx.convert(model, config)
+        inputs = [torch.randn(1, 4, WIDTH).bfloat16() for _ in range(3)]
+        with pytest.raises(Emitted):
+            torch.compile(model, backend="freeact")(*inputs)
+    (caller,) = emitted.callers
+    calls = re.findall(r"torch\.ops\.freeact\.engine_(\w+)\.default\(", caller)
+    assert calls == 3 * ["norm_transform_quantize", "linear"]
+
+
+@pytest.mark.inductor
 def test_few_tokens_share_k_and_the_sum_is_in_the_epilogue(emitted: Emissions) -> None:
     compile_layer(4)
     assert emitted.calls("tem") == 7
