@@ -21,11 +21,14 @@ from freeact_fx import QuantConfig
 # output. One token alone scatters around that.
 _TOLERANCE = 8e-2
 _FOUR_BITS = 0.35  # W4A4 against bf16 on random data, one layer
+# Of a kind in a step of few tokens, which is so short that what happens once a call counts: the types, the launch.
+_LAYERS, _FEW_TOKENS = 32, 16
 
 
 @dataclass(frozen=True)
 class Layer:
-    """``kind`` Linear of N outputs and K inputs on M tokens, as many of them as keep each other's weights cold."""
+    """``kind`` Linear of N outputs and K inputs on M tokens, as many of them as keep each other's weights cold; with
+    few tokens as many as a model has layers."""
 
     kind: type[NormLinear] | type[GatedLinear]
     num_tokens: int
@@ -43,11 +46,14 @@ class Layer:
         return 2 * m * (self.kind.num_inputs * k + n) + n * k // 2
 
     def dense(self, bench: Bench) -> Several:
+        num_blocks = bench.copies(self.bytes)
+        if bench.on_gpu and self.num_tokens <= _FEW_TOKENS:
+            num_blocks = max(num_blocks, _LAYERS)
         blocks = [
             self.kind(self.num_features, self.num_outputs)
             .to(bench.device, torch.bfloat16)
             .requires_grad_(False)
-            for _ in range(bench.copies(self.bytes))
+            for _ in range(num_blocks)
         ]
         return Several(blocks, self.kind.num_inputs).eval()
 

@@ -15,7 +15,8 @@ from freeact_fx.config import QuantConfig
 from freeact_fx.reference import pack_int4
 from freeact_fx.transform import kronecker_shape, orthogonal_transform
 
-from .engine_ops import E4M3, engine_transform_quantize, is_hopper
+from .engine_ops import E4M3, is_hopper
+from .prologue_ops import engine_norm_transform_quantize
 from .tiles import PROMOTED, TileConfig, hopper_tiles, in_launches, predicted_us
 from .tuning import Problem, gpu_name, known_tile, problem_of, tune
 
@@ -77,7 +78,7 @@ def tune_linear(
 
 class _Call:
     """A Linear on random operands: as many types as slices, in runs of one type; copies that keep each other cold. With
-    few tokens behind a transform, as it is in a model."""
+    few tokens behind a norm's transform, as most are in a model."""
 
     def __init__(
         self,
@@ -106,8 +107,8 @@ class _Call:
         self._transform: tuple[Any, ...] = ()
         if m <= _FEW_TOKENS and len(slice_sizes) == 1 and kronecker_shape(k) is not None:
             t = orthogonal_transform(k, QuantConfig(plan="single")).to(device)
-            static = (t.widths, t.slice_of_type, 0, 448 if dtype == E4M3 else 7)
-            self._transform = (None, None, None, t.left, t.right, t.clip, *static)
+            static = ("rms", 1e-6, 0.0, t.widths, t.slice_of_type, 0, 448 if dtype == E4M3 else 7)
+            self._transform = (*[None] * 5, t.left, t.right, t.clip, *static)
             self._x = [torch.randn(m, k, device=device).bfloat16() for _ in range(self._copies)]
 
     def compile(self, tiles: Sequence[TileConfig]) -> None:
@@ -146,5 +147,5 @@ class _Call:
     def _codes_of(self, copy: int) -> tuple[Tensor, Tensor]:
         if not self._transform:
             return self._codes[copy], self._scale
-        codes, scale = engine_transform_quantize(self._x[copy], *self._transform)
+        codes, scale = engine_norm_transform_quantize(self._x[copy], *self._transform)
         return codes, scale.reshape(-1)
