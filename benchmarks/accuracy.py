@@ -46,6 +46,7 @@ from accuracy_methods import FORMATS, METHODS
 from accuracy_models import MODELS, BenchmarkModel, Sizes
 from accuracy_scoring import Request, score_folder, source_digest
 from accuracy_summary import (
+    extended,
     fill_document,
     find_row,
     plot,
@@ -230,6 +231,8 @@ def main() -> None:
     jobs.sort(key=lambda job: list(METHODS).index(job.method))
     found = [find_row(measured, benchmark.key(job), any_source=args.any_source) for job in jobs]
     summary = summarise([row for row in found if row is not None], facts_of_run(args.commit))
+    if args.extend is not None:
+        summary = extended(json.loads(args.extend.read_text()), summary, list(METHODS))
     print_summary(summary)
     plot(summary, args.plot)
     print(f"plot: {args.plot}")
@@ -336,6 +339,12 @@ def parse_arguments() -> argparse.Namespace:
         metavar="SECONDS",
         help="from now: begin no row that would not be finished by then, going by rows of its model "
         "and method that are in the work files; without any it counts as 200 s, as 450 s if it learns",
+    )
+    add(
+        "--extend",
+        type=Path,
+        metavar="FILE",
+        help="an earlier --out, whose rows stand beside those measured now; FILE is not written",
     )
     add("--only-measured", action="store_true", help="measure nothing, sum up the work files")
     add(

@@ -27,6 +27,7 @@ BASELINES = ("flatquant-like", "flatquant-like short")  # the first that was mea
 # The second measures only those plans that the predictor puts first.
 RANKED = ("all plans measured", DEFAULT)
 GAPS = ("nll", "kl")
+_CHECKPOINT = ("model", "method", "format", "seed")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -65,24 +66,57 @@ def summarise(rows: Sequence[Row], environment: Mapping[str, Any]) -> dict[str, 
     return {
         "environment": {**environment, "measured": _measured(rows)},
         "results": list(_results(rows)),
-        "gap_closed": _by_model(rows, lambda model: gap_closed(rows, model, DEFAULT, *BASELINES)),
-        "types_alone": _by_model(rows, lambda model: gap_closed(rows, model, DEFAULT, *ONE_TYPE)),
+        **_ratios(rows),
         "tokens_scored": {row["model"]: sum(row["scored"].values()) for row in rows},
-        **_vlm_dnll(rows),
         "predictor_ranking": _predictor_ranking(rows),
         "compilers": compilers,
     }
 
 
+def extended(
+    earlier: Mapping[str, Any], summary: Mapping[str, Any], methods: Sequence[str]
+) -> dict[str, Any]:
+    """A summary with the rows of an earlier one, whose work file may be gone; a row of both is the new one.
+
+    methods  in the order of the tables
+
+    Of what a summary does not keep by row (tokens scored, ranking of plans, compilers) the earlier one's is kept where
+    it has any.
+    """
+    rows = {_checkpoint(row): row for one in (earlier, summary) for row in _rows_of(one)}
+    ordered = sorted(rows.values(), key=lambda row: methods.index(row["method"]))
+    measured = [fact for one in (earlier, summary) for fact in one["environment"]["measured"]]
+    kept = {
+        name: {**summary[name], **earlier[name]} for name in ("tokens_scored", "predictor_ranking")
+    }
+    return {
+        "environment": {**summary["environment"], "measured": measured},
+        "results": [result for row in ordered for result in _results([row])],
+        **_ratios(ordered),
+        **kept,
+        "compilers": [*earlier["compilers"], *summary["compilers"]],
+    }
+
+
+def _rows_of(summary: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    """The rows of a summary, as far as it has them."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for result in summary["results"]:
+        key = {name: result[name] for name in _CHECKPOINT}
+        row = rows.setdefault(_checkpoint(result), {**key, "metrics": {}})
+        row["metrics"][result["metric"]] = result["value"]
+    return rows.values()
+
+
 def _checkpoint(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("model", "method", "format", "seed"))
+    return tuple(row[name] for name in _CHECKPOINT)
 
 
 def _under_compilers(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The NLL under each compiler of every checkpoint that was scored under more than one."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
-        key = {name: row[name] for name in ("model", "method", "format", "seed")}
+        key = {name: row[name] for name in _CHECKPOINT}
         values = found.setdefault(_checkpoint(row), {**key, "nll": {}})["nll"]
         values[row["compiler"]] = row["metrics"]["nll"]
     return [one for one in found.values() if len(one["nll"]) > 1]
@@ -90,7 +124,7 @@ def _under_compilers(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def _results(rows: Iterable[Row]) -> Iterable[dict[str, Any]]:
     for row in rows:
-        key = {name: row[name] for name in ("model", "method", "format", "seed")}
+        key = {name: row[name] for name in _CHECKPOINT}
         others = {
             n: row[n] for n in ("calibrate_s", "score_s", "of_bf16") if row.get(n) is not None
         }
@@ -168,6 +202,14 @@ def gap_closed(
 
 def _spread(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _ratios(rows: Sequence[Row]) -> dict[str, Any]:
+    return {
+        "gap_closed": _by_model(rows, lambda model: gap_closed(rows, model, DEFAULT, *BASELINES)),
+        "types_alone": _by_model(rows, lambda model: gap_closed(rows, model, DEFAULT, *ONE_TYPE)),
+        **_vlm_dnll(rows),
+    }
 
 
 def _vlm_dnll(rows: Sequence[Row]) -> dict[str, float]:

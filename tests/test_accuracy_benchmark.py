@@ -23,6 +23,7 @@ from accuracy_methods import METHODS
 from accuracy_models import TEXTS
 from accuracy_scoring import Request, put_head_on, take_head_off
 from accuracy_summary import (
+    extended,
     fill_document,
     gap_closed,
     headlines,
@@ -156,6 +157,19 @@ def test_two_compilers_are_one_row_and_a_comparison() -> None:
     assert summary["compilers"] == [{**key, "nll": {"eager": 2.2, "inductor": 2.3}}]
     line = "NLL under both compilers, dllm W4A4, default, seed 1: eager 2.2000, inductor 2.3000"
     assert line in headlines(summary)
+
+
+def test_rows_stand_beside_those_of_an_earlier_summary() -> None:
+    methods = ["float", "default", "flatquant-like"]
+    together = summarise(DLLM, {"torch": "3"})
+    earlier, later = summarise(DLLM[:4], {"torch": "2"}), summarise(DLLM[4:], {"torch": "3"})
+    both = extended(earlier, later, methods)
+    both["environment"]["measured"] = together["environment"]["measured"]
+    assert both == together
+    assert len(extended(earlier, later, methods)["environment"]["measured"]) == 2
+    again = summarise([row("dllm", "default", 0, nll=2.0, kl=0.01)], {})
+    closed = extended(together, again, methods)["gap_closed"]["dllm"]
+    assert closed["nll"] == pytest.approx(1 - 0.1 / 0.4)
 
 
 def test_table_shows_mean_and_spread_of_each_method() -> None:
