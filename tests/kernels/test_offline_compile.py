@@ -282,7 +282,7 @@ def check_linear(
     assert all(re.search(wanted, instruction) for instruction in instructions)
     assert all(map(_left_in_registers, instructions))
     assert "cp.async.bulk.tensor" in compiled.ptx
-    # Outside of the loop: addresses, and rows of the epilogue. Most of e4m3 codes with a branch, 64 tokens, K in quarters.
+    # Outside of the loop: addresses, and rows of the epilogue. Most of all e4m3, a branch, 64 tokens and K in quarters.
     assert compiled.local_bytes <= 192
     assert compiled.registers * 128 * (tile.groups + 1) * tile.programs <= 65536
     assert (compiled.shared_bytes + 1024) * tile.programs <= 228 * 1024
