@@ -282,8 +282,9 @@ def check_linear(
     assert all(re.search(wanted, instruction) for instruction in instructions)
     assert all(map(_left_in_registers, instructions))
     assert "cp.async.bulk.tensor" in compiled.ptx
-    # Outside of the loop: addresses, and rows of the epilogue. Most of all e4m3, a branch, 64 tokens and K in quarters.
-    assert compiled.local_bytes <= 192
+    # Outside of the loop: addresses, and rows of the epilogue.
+    has_most = is_e4m3 and rank > 0 and (tile.block_m, tile.split_k) == (64, 4)
+    assert compiled.local_bytes <= (192 if has_most else 184)
     assert compiled.registers * 128 * (tile.groups + 1) * tile.programs <= 65536
     assert (compiled.shared_bytes + 1024) * tile.programs <= 228 * 1024
 
