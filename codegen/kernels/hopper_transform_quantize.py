@@ -910,9 +910,6 @@ def hopper_transform_quantize_kernel(
         if HAS_B:
             others = (other_a, load_once(other_row, place_b))
     type_here = type_of(type_ptr, here, DEFAULT_TYPE, NUM_TYPES)
-    clip = 1.0
-    if ONE_EACH:
-        clip = gl.load(clip_ptr + type_here)
     if weight_ptr is not None:
         if IN_REGISTERS:
             weight_a = load_channels(weight_ptr, place_a)
@@ -932,6 +929,7 @@ def hopper_transform_quantize_kernel(
     turn, number = 0, 0
     if AHEAD:
         token_type = type_here
+        clip = gl.load(clip_ptr + type_here)
         unit = put_token(
             tokens_a.index(0),
             tokens_b.index(0),
@@ -976,6 +974,7 @@ def hopper_transform_quantize_kernel(
             turn = 1 - turn
             in_slice = slice_of(token_type, SLICE_OF_TYPE, NUM_SLICES)
             z = second_product(y, rights, in_slice, num_warps)
+        clip_here = gl.load(clip_ptr + type_here)  # long before it is used
         token_a, token_b = x_a, x_b
         if not IN_REGISTERS:
             slot = number % TOKENS_AHEAD
@@ -1018,12 +1017,10 @@ def hopper_transform_quantize_kernel(
         in_slice = slice_of(type_here, SLICE_OF_TYPE, NUM_SLICES)
         y = first_product(lefts, tokens, in_slice, turn, IN_B, COLUMNS_B, num_warps)
         if not AHEAD:
-            token_type, unit = type_here, unit_here
+            unit, clip = unit_here, clip_here
             y = waited_for(y)
             z = second_product(y, rights, in_slice, num_warps)
             z = waited_for(z)
-        if not ONE_EACH:
-            clip = gl.load(clip_ptr + token_type)
         put_codes(
             z,
             unit,
@@ -1039,7 +1036,7 @@ def hopper_transform_quantize_kernel(
         )
         if AHEAD:
             y = waited_for(y)
-            token_type, unit = type_here, unit_here
+            token_type, unit, clip = type_here, unit_here, clip_here
         if not ONE_EACH:
             here, type_here = after, type_after
         token += gl.num_programs(0)
