@@ -507,13 +507,11 @@ def plus_branch(
     coefficients,
     branch,
     branch_scale_ptr,
-    weight_scale_ptr,
+    weight_scale,
     codes_ring,
     weight_ring,
     barriers,
     step,
-    first_n,
-    N,
     ONE: gl.constexpr,
     GROUPS: gl.constexpr,
     R: gl.constexpr,
@@ -523,12 +521,12 @@ def plus_branch(
 ):
     """The sums of a group's outputs, in fp32, plus those of the branch, whose steps begin with ``step``."""
     STAGES: gl.constexpr = weight_ring.shape[0] // GROUPS
-    ROWS: gl.constexpr = weight_ring.shape[1]
     BLOCK_K: gl.constexpr = weight_ring.shape[2]
     left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout, k_width=2)
     total = gl.convert_layout(total.to(gl.float32), layout)  # the same threads have the same sums
-    n = first_n + gl.arange(0, ROWS, gl.SliceLayout(1, left))
-    of_sums = ONE / gl.load(weight_scale_ptr + n, n < N, 1.0)
+    # The scales are there, in the threads that need them. Behind the last output they are zeros.
+    weight_scale = gl.convert_layout(weight_scale, gl.SliceLayout(1, left), assert_trivial=True)
+    of_sums = gl.where(weight_scale > 0, ONE / weight_scale, 0.0)
     for column in gl.static_range(0, RANK, BLOCK_K // 2):
         r = column + gl.arange(0, BLOCK_K // 2, gl.SliceLayout(0, left))
         of_columns = gl.load(branch_scale_ptr + r, r < R, 0.0)
@@ -673,13 +671,11 @@ def multiply_tiles(
                     coefficients,
                     branch,
                     of_linear(branch_scale_ptrs, which),
-                    weight_scale_ptr,
+                    weight_scales[0],
                     codes_ring,
                     weight_ring,
                     barriers,
                     step,
-                    first_n,
-                    N,
                     ONE,
                     GROUPS,
                     R,

@@ -788,6 +788,8 @@ def hopper_transform_quantize_kernel(
     IN_REGISTERS: gl.constexpr = TOKENS_AHEAD == 0
     gl.static_assert(not ONE_EACH or (IN_REGISTERS and not AHEAD))
     gl.static_assert(IN_REGISTERS or not (AHEAD or HAS_B))
+    # A token's clip is asked for before its products, unless the next token fills the registers meanwhile.
+    CLIP_EARLY: gl.constexpr = AHEAD or not IN_REGISTERS
     # Two pieces of columns leave no registers for the channels' scales, nor does a token that is there all at once.
     SCALE_IN_SHARED: gl.constexpr = COLUMNS_B > 0 or ONE_EACH
     allow_next_kernel()
@@ -910,6 +912,8 @@ def hopper_transform_quantize_kernel(
         if HAS_B:
             others = (other_a, load_once(other_row, place_b))
     type_here = type_of(type_ptr, here, DEFAULT_TYPE, NUM_TYPES)
+    if ONE_EACH:
+        clip = gl.load(clip_ptr + type_here)
     if weight_ptr is not None:
         if IN_REGISTERS:
             weight_a = load_channels(weight_ptr, place_a)
@@ -974,7 +978,8 @@ def hopper_transform_quantize_kernel(
             turn = 1 - turn
             in_slice = slice_of(token_type, SLICE_OF_TYPE, NUM_SLICES)
             z = second_product(y, rights, in_slice, num_warps)
-        clip_here = gl.load(clip_ptr + type_here)  # long before it is used
+        if CLIP_EARLY:
+            clip_here = gl.load(clip_ptr + type_here)
         token_a, token_b = x_a, x_b
         if not IN_REGISTERS:
             slot = number % TOKENS_AHEAD
@@ -1017,10 +1022,14 @@ def hopper_transform_quantize_kernel(
         in_slice = slice_of(type_here, SLICE_OF_TYPE, NUM_SLICES)
         y = first_product(lefts, tokens, in_slice, turn, IN_B, COLUMNS_B, num_warps)
         if not AHEAD:
-            unit, clip = unit_here, clip_here
+            unit = unit_here
             y = waited_for(y)
             z = second_product(y, rights, in_slice, num_warps)
             z = waited_for(z)
+            if CLIP_EARLY:
+                clip = clip_here
+            elif not ONE_EACH:
+                clip = gl.load(clip_ptr + type_here)
         put_codes(
             z,
             unit,
