@@ -63,7 +63,7 @@ def _from_registers(words: list[Tensor], dtype: torch.dtype, pack: int) -> Tenso
 
 
 def _as_int32(bits: Tensor) -> Tensor:
-    return ((bits & _WORD) ^ 0x80000000).sub(0x80000000).to(torch.int32).contiguous()
+    return bits.contiguous().view(torch.int32)[..., ::2].contiguous()  # the lower halves
 
 
 def _floats(bits: Tensor) -> Tensor:

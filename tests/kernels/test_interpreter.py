@@ -1,4 +1,4 @@
-"""The kernels in Triton's interpreter, which decides for a whole process: the cases run in another one."""
+"""The kernels in Triton's interpreter, which decides for a whole process: ``interpreted_*.py`` run in another one."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("name", ["int_mm", "transform_quantize", "prologue"])
-def test_interpreted(name: str) -> None:
+def test_interpreted() -> None:
     # numpy, which the interpreter computes with, warns of NaN and of what Triton does with it.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parent)}
     result = subprocess.run(
-        [*command, str(HERE / f"interpreted_{name}.py")],
+        [*command, *map(str, HERE.glob("interpreted_*.py"))],
         capture_output=True,
         text=True,
         env=environment,
