@@ -191,14 +191,21 @@ LINEAR_TILES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("typed", "num_slices", "rank"), [(True, 1, 0), (False, 1, 0), (True, 3, 0), (True, 1, 72)]
-)
+@pytest.mark.parametrize(("typed", "num_slices", "rank"), [(True, 3, 0), (True, 1, 72)])
 @pytest.mark.parametrize(("tile", "codes"), LINEAR_TILES, ids=str)
 def test_hopper_linear(
     tile: TileConfig, codes: torch.dtype, typed: bool, num_slices: int, rank: int
 ) -> None:
     check_linear(tile, codes, typed, num_slices, rank, 1)
+
+
+@pytest.mark.parametrize("typed", [True, False])
+@pytest.mark.parametrize(
+    ("tile", "codes"), [(tile, codes) for tile, codes in LINEAR_TILES if tile.split_k == 1], ids=str
+)
+def test_hopper_linear_with_less(tile: TileConfig, codes: torch.dtype, typed: bool) -> None:
+    """Without slices and branch; where K is split, too, these have fewer registers to fill than those."""
+    check_linear(tile, codes, typed, 1, 0, 1)
 
 
 @pytest.mark.parametrize(("tile", "codes"), LINEAR_TILES, ids=str)
