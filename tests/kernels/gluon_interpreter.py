@@ -97,15 +97,7 @@ def _promoted(*values: Any) -> list[Tensor]:
         dtype = torch.float32
     if dtype == torch.bool and any(type(v) is int for v in values):
         dtype = torch.int32
-    # Tensor.to takes its time to find that there is nothing to do.
-    return [
-        torch.tensor(v, dtype=dtype)
-        if _is_number(v)
-        else v.data
-        if v.data.dtype == dtype
-        else v.data.to(dtype)
-        for v in values
-    ]
+    return [torch.tensor(v, dtype=dtype) if _is_number(v) else v.data.to(dtype) for v in values]
 
 
 def _operator(function: Callable[..., Tensor]) -> Callable[..., Any]:
