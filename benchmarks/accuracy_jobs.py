@@ -88,6 +88,7 @@ ABLATIONS = (
     "sensitivity",
     "bias correction",
     "refined",
+    "flatquant-like short",
     "budget 1.1",
     "budget 1.25",
     "branch",
