@@ -211,9 +211,8 @@ METHODS = {
         "the default, mean errors of each type taken out of its bias", bias_correction=True
     ),
     "refined": Method(
-        "the default, its transforms refined by 80 steps of descent, as many as FlatQuant-like short takes",
-        # Of two types and 64 first positions, 2,112 tokens in each step; FlatQuant-like's four windows have 2,048.
-        changes={"refine_steps": 80, "sample_tokens": 1024},
+        "the default, its transforms refined by 100 steps of descent",
+        changes={"refine_steps": 100},
         learns=True,
     ),
 }
