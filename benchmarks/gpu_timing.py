@@ -89,8 +89,8 @@ class Bench:
         mode = "reduce-overhead" if cuda_graph else None
         if max_autotune:
             mode = "max-autotune" if cuda_graph else "max-autotune-no-cudagraphs"
-            # Its search halves the blocks of a long scan (in masked_scatter) without a limit, their workspace is sized for
-            # 256, and memory behind it is overwritten (pytorch/pytorch#197493): a workspace for blocks of one.
+            # Its search halves the blocks of a long scan (in masked_scatter) without a limit, and memory behind their
+            # workspace is overwritten (pytorch/pytorch#197493): a workspace for blocks of one.
             inductor_config.triton.min_split_scan_rblock = 1
         return torch.compile(module, dynamic=False, mode=mode)
 
