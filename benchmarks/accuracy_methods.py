@@ -90,13 +90,15 @@ class Method:
     what       said in the table of the documentation
     calibrate  None: the float model itself
     changes    fields of QuantConfig that differ from the default row's
-    baseline   True: its numbers depend on the source of baselines.py
+    sources    files beside this one that its numbers depend on, besides those of the data
+    baseline   True: not the package's own fit, so there is no prediction of its errors
     learns     True: by gradient descent, which is for the device even if others calibrate on the CPU
     """
 
     what: str
     calibrate: Calibrate | None = ours
     changes: Mapping[str, Any] = field(default_factory=dict)
+    sources: Sequence[str] = ()
     baseline: bool = False
     learns: bool = False
 
@@ -121,7 +123,8 @@ def _ablation(what: str, **changes: Any) -> Method:
 
 def _baseline(what: str, calibrate: Callable[..., Checkpoint], **options: Any) -> Method:
     """Takes formats, seed and calibration settings from the default row's configuration."""
-    return Method(what, partial(calibrate, **options), baseline=True)
+    sources = ("baselines.py", "decoder_layers.py")
+    return Method(what, partial(calibrate, **options), sources=sources, baseline=True)
 
 
 def _learned(what: str, **options: Any) -> Method:
@@ -185,6 +188,7 @@ METHODS = {
     "sensitivity": Method(
         "the default, types weighed by the gradients of the predictions in their outputs",
         ours_by_sensitivity,
+        sources=("sensitivity.py",),
     ),
     "types in all groups": Method(
         "the default, tables by type in every group, not only where they are worth their bytes",
@@ -203,6 +207,7 @@ METHODS = {
     "refit on the quantised stream": Method(
         "the default, weights fitted anew to what the quantised layers before deliver",
         refit_on_quantised_stream,
+        sources=("quantised_stream.py", "decoder_layers.py"),
     ),
     "no absorbing": _ablation(
         "the default, the branch not made to absorb rounding", branch_absorbs=False

@@ -38,7 +38,6 @@ from freeact_fx import Checkpoint
 
 HERE = Path(__file__).parent
 DATA_SOURCES = ("evaluation.py", "small_models.py", "accuracy_models.py", "accuracy_scoring.py")
-BASELINE_SOURCES = ("baselines.py", "decoder_layers.py")
 
 Rows = dict[str, list[Tensor]]  # of each test set, per batch [n, D]
 
@@ -74,8 +73,8 @@ class Request:
 
 
 def source_digest(method: str) -> str:
-    """Digest of the code that a row's numbers come from: the package, the data, the baselines."""
-    names = [*DATA_SOURCES, *(BASELINE_SOURCES if METHODS[method].baseline else ())]
+    """Digest of the code that a row's numbers come from: the package, the data, and what the method has of its own."""
+    names = [*DATA_SOURCES, *METHODS[method].sources]
     digest = hashlib.sha256()
     for file in [*package_sources(), *(HERE / name for name in names)]:
         digest.update(file.read_bytes())

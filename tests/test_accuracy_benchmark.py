@@ -233,6 +233,29 @@ def test_a_row_stands_only_for_its_own_key() -> None:
     assert accuracy.find_row(rows, key | {"seed": 1}, any_source=True) is None
 
 
+@pytest.mark.parametrize(
+    ("method", "file"),
+    [
+        ("rtn", "baselines.py"),
+        ("flatquant-like", "decoder_layers.py"),
+        ("sensitivity", "sensitivity.py"),
+        ("refit on the quantised stream", "quantised_stream.py"),
+        ("refit on the quantised stream", "decoder_layers.py"),
+    ],
+)
+def test_the_source_of_a_row_has_the_files_of_its_method(
+    method: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for original in accuracy_scoring.HERE.glob("*.py"):
+        (tmp_path / original.name).write_bytes(original.read_bytes())
+    monkeypatch.setattr(accuracy_scoring, "HERE", tmp_path)
+    before = {name: accuracy_scoring.source_digest(name) for name in (method, "default")}
+    (tmp_path / file).write_text("changed")
+    after = {name: accuracy_scoring.source_digest(name) for name in before}
+    assert after[method] != before[method]
+    assert after["default"] == before["default"]
+
+
 def test_a_run_stops_when_its_source_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accuracy, "source_digest", lambda method: "before")
     benchmark = accuracy.Benchmark(Namespace(), None, accuracy.Sizes())
