@@ -89,6 +89,7 @@ ABLATIONS = (
     "bias correction",
     "refined",
     "flatquant-like short",
+    "flatquant-like brief",
     "budget 1.1",
     "budget 1.25",
     "branch",

@@ -152,6 +152,12 @@ METHODS = {
     ),
     "flatquant-like+gptq": _learned("the same, our GPTQ", gptq=True),
     "flatquant-like short": _learned("flatquant-like, 5 epochs instead of 15", epochs=5),
+    "flatquant-like brief": _learned(
+        'flatquant-like, 100 steps of 512 tokens, about as many as "refined" has',
+        num_windows=50,
+        epochs=2,
+        batch_size=1,
+    ),
     "default": Method(
         f"ours: plan auto at memory_budget {MEMORY_BUDGET}, types, sink, GPTQ, clips"
     ),

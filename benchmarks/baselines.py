@@ -105,6 +105,7 @@ def flatquant_like(
     *,
     epochs: int = 15,
     batch_size: int = 4,
+    num_windows: int | None = None,
     learning_rate: float = 5e-3,
     gptq: bool = False,
     clip_search: bool = False,
@@ -112,13 +113,16 @@ def flatquant_like(
 ) -> Checkpoint:
     """One learned Kronecker transform per group; see the module's docstring.
 
-    epochs      passes over the batches for each decoder layer
-    batch_size  rows per step: batches of equal shapes are joined, or split
+    epochs       passes over the batches for each decoder layer
+    batch_size   rows per step: batches of equal shapes are joined, or split
+    num_windows  rows to learn from, the first so many; None: all
 
     Raises RuntimeError for a layer whose error is not finite in the end.
     """
     parts = _Parts(config, gptq, clip_search)
     generator = torch.Generator().manual_seed(config.seed)
+    if num_windows is not None:
+        batches = rebatched(batches, 1)[:num_windows]
     rows = rebatched(batches, batch_size)
     for block in decoder_blocks(model, rows, parts.config, "FlatQuant-like", progress):
         transforms = []

@@ -139,8 +139,14 @@ def test_where_a_row_is_calibrated(
 
 def test_which_methods_learn() -> None:
     learning = {name for name, method in METHODS.items() if method.learns}
-    gradient = ("flatquant-like", "flatquant-like+gptq", "flatquant-like short", "refined")
-    assert learning == set(gradient)
+    flatquant = {f"flatquant-like{kind}" for kind in ("", "+gptq", " short", " brief")}
+    assert learning == {*flatquant, "refined"}
+
+
+def test_the_brief_row_has_the_steps_of_the_refined_one() -> None:
+    options = METHODS["flatquant-like brief"].calibrate.keywords
+    assert options["batch_size"] == 1
+    assert options["epochs"] * options["num_windows"] == METHODS["refined"].changes["refine_steps"]
 
 
 @pytest.mark.parametrize("option", ["workers", "threads", "learning-per-gpu", "scoring-per-gpu"])

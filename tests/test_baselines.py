@@ -117,6 +117,20 @@ def test_flatquant_like_is_as_published(monkeypatch: pytest.MonkeyPatch) -> None
     assert METHOD_ROWS["flatquant-like"].calibrate.keywords == {}
 
 
+def test_flatquant_like_learns_from_the_first_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[list[int], int]] = []
+
+    def watched(block: Any, transforms: Any, epochs: int, learning_rate: float) -> float:
+        seen.append(([len(x) for x in block.inputs], epochs))
+        return 0.0
+
+    monkeypatch.setattr(baselines, "_train", watched)
+    baselines.flatquant_like(
+        tiny_model(), BATCHES[:4], CONFIG, num_windows=3, batch_size=1, epochs=2, progress=False
+    )
+    assert seen == [([1, 1, 1], 2)] * 2
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_checkpoint_has_the_groups_of_calibrate_and_goes_through_disk(
     method: str, tmp_path: Path
