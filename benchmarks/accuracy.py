@@ -64,11 +64,11 @@ from freeact_fx.predict import ranking_share
 
 QUICK_SIZES = Sizes(
     calibration_windows=8,
-    calibration_questions=32,
+    calibration_questions=24,
     windows=1,
-    text_windows=4,
-    questions=48,
-    layer_step=5,
+    text_windows=3,
+    questions=32,
+    layer_step=6,
 )
 QUICK_METHODS = {
     "dllm": ("float", "flatquant-like short", "default", "one type"),
