@@ -125,15 +125,28 @@ def _linear_rows(sizes: Sizes) -> Iterator[Row]:
 
 
 def _plan_rows(sizes: Sizes) -> Iterator[Row]:
-    def layer(kind: Any, n: int, k: int) -> Layer:
-        return Layer(kind, sizes.tokens(8192), sizes.features(n), sizes.features(k))
+    def layers(m: int) -> dict[str, Layer]:
+        return {
+            f"M={m}, N={n}, K={k}": Layer(
+                kind, sizes.tokens(m), sizes.features(n), sizes.features(k)
+            )
+            for kind, n, k in ((NormLinear, 12288, 4096), (GatedLinear, 4096, 12288))
+        }
 
-    up, down = layer(NormLinear, 12288, 4096), layer(GatedLinear, 4096, 12288)
+    up, down = layers(8192).values()
     types = {"two types": (TWO_TYPES, True), "one type": (ONE_TYPE, False)}
     yield Row("two_types", "M=8192, N=12288, K=4096", "plans", lambda b: plan_row(b, up, types))
     yield Row("two_types", "M=8192, N=4096, K=12288", "plans", lambda b: plan_row(b, down, types))
     plans = {"branch": (BRANCH, True), "shift": (TWO_TYPES, True)}
     yield Row("branch", "M=8192, N=12288, K=4096", "plans", lambda b: plan_row(b, up, plans))
+    for label, fewer in (layers(1024) | layers(256)).items():
+        yield Row(
+            "branch",
+            label,
+            "plans",
+            lambda b, layer=fewer: plan_row(b, layer, plans, cuda_graph=True),
+            counts=False,
+        )
     for order in ("sorted", "mixed"):
         yield Row(
             "sliced",

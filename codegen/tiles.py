@@ -386,20 +386,25 @@ def branch_tile(num_codes: int, rank: int) -> BranchTile | None:
     return BranchTile(block_m, block_k, block_r, 8, num_stages)
 
 
-def parts_of_branch(num_tiles: int, num_chunks: int, num_multiprocessors: int = 132) -> int:
-    """How many programs share the features of a tile of 64 tokens: as many as find a multiprocessor each.
+def parts_of_branch(num_tiles: int, num_codes: int, block_k: int, num_multiprocessors: int) -> int:
+    """How many programs share the features of a tile of 64 tokens: as many as find a multiprocessor each, but with 512
+    features or more, and 16 at most, since each adds up what all have found. The last one may have fewer.
 
-    K = 4096 with 64 columns on an H200: 52 us become 24 for 2048 tokens and 38 for 4096; with 8192 tokens, which have
-    multiprocessors enough, two programs are as fast as one.
+    K = 4096 with 64 columns on an H100: 49 us become 18 for 1024 tokens, 24 for 2048 and 32 for 4096; with 8192 tokens,
+    which have multiprocessors enough, two programs are as fast as one. Sixteen programs instead of eight are slower.
     """
-    parts = 1
-    while 2 * parts * num_tiles <= num_multiprocessors and num_chunks % (2 * parts) == 0:
-        parts *= 2
-    return parts
+    num_chunks = num_codes // block_k
+    parts = max(1, min(num_multiprocessors // num_tiles, num_codes // 512, 16))
+    of_part = -(-num_chunks // parts)
+    return -(-num_chunks // of_part)
 
 
-# At most so many tokens have programs that share their features in tiles of sixteen.
-FEW_TOKENS = 1024
+def few_tokens(num_codes: int) -> int:
+    """At most so many tokens have programs that share their features in tiles of sixteen.
+
+    Of K = 4096 and 12288 with 64 or 128 columns on an H100 those are faster up to 360 to 430 and 155 to 195 tokens.
+    """
+    return 1_600_000 // num_codes
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from freeact_fx.codegen.tiles import (
-    FEW_TOKENS,
     BranchTile,
     branch_tile,
     branch_width,
+    few_tokens,
     parts_of_branch,
 )
 from freeact_fx.reference import column_step
@@ -84,9 +84,9 @@ def copy_chunk(
     first_m,
     first_chunk,
     chunk,
+    of_part,
     R: gl.constexpr,
     NUM_CHUNKS: gl.constexpr,
-    OF_PART: gl.constexpr,
 ):
     """Ask for a chunk of the tokens and its rows of U, if a part has one of that number."""
     z, columns, z_ring, columns_ring, full = rings
@@ -96,7 +96,7 @@ def copy_chunk(
     BLOCK_R: gl.constexpr = columns_ring.shape[2]
     # Rows of U are the even features and, behind them, the odd ones.
     HALF: gl.constexpr = NUM_CHUNKS // 2
-    if (chunk >= 0) & (chunk < OF_PART):
+    if (chunk >= 0) & (chunk < of_part):
         stage = chunk % STAGES
         arrived = full.index(stage)
         mbarrier.expect(arrived, 2 * BLOCK_K * (BLOCK_M + BLOCK_R))
@@ -189,7 +189,7 @@ def hopper_branch_quantize_kernel(
     num_warps: gl.constexpr,
 ):
     NUM_CHUNKS: gl.constexpr = K // BLOCK_K
-    OF_PART: gl.constexpr = NUM_CHUNKS // PARTS
+    OF_EACH: gl.constexpr = (NUM_CHUNKS + PARTS - 1) // PARTS  # of a part but the last
     # Both warp groups have all tokens, and half of the columns of a product.
     of_coefficients: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0],
@@ -214,19 +214,20 @@ def hopper_branch_quantize_kernel(
     # The last tokens first: of what the transform wrote they are most likely still in the L2 cache.
     tile = (gl.num_programs(0) - 1 - gl.program_id(0)) // PARTS
     part = gl.program_id(0) % PARTS
-    first_m, first_chunk = tile * BLOCK_M, part * OF_PART
+    first_m, first_chunk = tile * BLOCK_M, part * OF_EACH
+    of_part = gl.minimum(NUM_CHUNKS - first_chunk, OF_EACH)
     rings = (z, columns, z_ring, columns_ring, full)
     for ahead in gl.static_range(STAGES):
-        copy_chunk(rings, first_m, first_chunk, ahead, R, NUM_CHUNKS, OF_PART)
+        copy_chunk(rings, first_m, first_chunk, ahead, of_part, R, NUM_CHUNKS)
     # Coefficients; zeros for columns of other types, and for those behind R, which are the odd features'.
     c = gl.zeros((BLOCK_M, BLOCK_R), gl.float32, of_coefficients)
-    for chunk in range(0, OF_PART):
+    for chunk in range(0, of_part):
         stage = chunk % STAGES
         mbarrier.wait(full.index(stage), (chunk // STAGES) & 1)
         c = warpgroup_mma(z_ring.index(stage), columns_ring.index(stage), c, is_async=True)
         c = warpgroup_mma_wait(num_outstanding=0, deps=(c,))
         barrier()
-        copy_chunk(rings, first_m, first_chunk, chunk + STAGES, R, NUM_CHUNKS, OF_PART)
+        copy_chunk(rings, first_m, first_chunk, chunk + STAGES, of_part, R, NUM_CHUNKS)
     if PARTS > 1:
         of_tile = partial_ptr + tile.to(gl.int64) * (PARTS * BLOCK_M * BLOCK_R)
         c = sum_of_all_parts(c, of_tile, counter_ptr + tile, part, PARTS, of_coefficients)
@@ -243,13 +244,13 @@ def hopper_branch_quantize_kernel(
     multiplied = gl.convert_layout(c.to(gl.bfloat16), left)
     # The grid of each token. A maximum is a number if either of two is; where z is not finite nothing is.
     largest = gl.full((BLOCK_M, BLOCK_K), float("nan"), gl.float32, of_chunk)
-    for number in range(0, OF_PART):
-        chunk = OF_PART - 1 - number
+    for number in range(0, of_part):
+        chunk = of_part - 1 - number
         stage = chunk % STAGES
         mbarrier.wait(full.index(stage), (chunk // STAGES) & 1)
         rest = residual(z_ring.index(stage), columns_ring.index(stage), multiplied, STEP, of_chunk)
         barrier()
-        copy_chunk(rings, first_m, first_chunk, chunk - STAGES, R, NUM_CHUNKS, OF_PART)
+        copy_chunk(rings, first_m, first_chunk, chunk - STAGES, of_part, R, NUM_CHUNKS)
         largest = larger_magnitude(largest, rest)
     tokens_of_chunk: gl.constexpr = gl.SliceLayout(1, of_chunk)
     of_token = gl.max(largest, 1)
@@ -278,12 +279,12 @@ def hopper_branch_quantize_kernel(
     m = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, rows))
     k = gl.arange(0, BLOCK_K, gl.SliceLayout(0, rows))
     target = codes_ptr + m.to(gl.int64)[:, None] * K + first_chunk * BLOCK_K + k[None, :]
-    for chunk in range(0, OF_PART):
+    for chunk in range(0, of_part):
         stage = chunk % STAGES
         mbarrier.wait(full.index(stage), (chunk // STAGES) & 1)
         rest = residual(z_ring.index(stage), columns_ring.index(stage), multiplied, STEP, of_chunk)
         barrier()
-        copy_chunk(rings, first_m, first_chunk, chunk + STAGES, R, NUM_CHUNKS, OF_PART)
+        copy_chunk(rings, first_m, first_chunk, chunk + STAGES, of_part, R, NUM_CHUNKS)
         if QMAX == 448:
             codes = to_e4m3(rest, per_unit[:, None])
         else:
@@ -320,13 +321,14 @@ def hopper_branch_quantize(
     clip        [P] fp32
     own_rank    as in ``reference.transform``
     qmax        7 or 448
-    parts       programs for a tile of tokens, of which each has whole chunks; None: ``tiles.parts_of_branch``
+    parts       programs for a tile of tokens, of which each has whole chunks, one or more; None:
+                ``tiles.parts_of_branch``
 
     Shapes are those of ``tiles.branch_tile``. Returns codes [M, K] int8 (e4m3 for 448), scale [M, 1] fp32 and
     coefficients [M, branch_width(R)] bf16, in units of the scale.
     """
     num_tokens, num_features = z.shape
-    if 0 < num_tokens <= FEW_TOKENS:
+    if 0 < num_tokens <= few_tokens(num_features):
         return branch_quantize_few(z, lowrank, token_type, clip, default_type, own_rank, qmax)
     rank = branch_width(lowrank.shape[1])
     codes = torch.empty(num_tokens, num_features, dtype=torch.int8, device=z.device)
@@ -344,7 +346,8 @@ def hopper_branch_quantize(
     pairs = columns.view(num_features // 2, 2 * rank)
     tiles = -(-num_tokens // tile.block_m)
     if parts is None:
-        parts = parts_of_branch(tiles, num_features // tile.block_k, multiprocessors_of(z.device))
+        num_multiprocessors = multiprocessors_of(z.device)
+        parts = parts_of_branch(tiles, num_features, tile.block_k, num_multiprocessors)
     partial = maxima = counter = None
     if parts > 1:
         size = tiles * parts * tile.block_m

@@ -19,7 +19,7 @@ from transform_bound import BF16_ROUNDING, values_of
 from freeact_fx import reference
 from freeact_fx.codegen import engine_ops
 from freeact_fx.codegen.engine_ops import to_engine_order, to_plain_order
-from freeact_fx.codegen.tiles import FEW_TOKENS, TileConfig, hopper_tiles, hopper_transform_tile
+from freeact_fx.codegen.tiles import TileConfig, few_tokens, hopper_tiles, hopper_transform_tile
 from freeact_fx.reference import branch_codes, pack_int4
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
@@ -144,14 +144,24 @@ def random_branch(
 @pytest.mark.parametrize("qmax", [7, 448])
 @pytest.mark.parametrize(
     ("num_features", "rank", "own_rank"),
-    [(4096, 61, 0), (4096, 72, 24), (3584, 128, 64), (18944, 102, 0), (12288, 64, 32), (640, 8, 4)],
+    [
+        (4096, 61, 0),
+        (4096, 72, 24),
+        (3584, 128, 64),
+        (11008, 64, 0),
+        (18944, 102, 0),
+        (12288, 64, 32),
+        (640, 8, 4),
+    ],
 )
-@pytest.mark.parametrize("num_tokens", [1, 64, FEW_TOKENS, FEW_TOKENS + 1, 1000])
+@pytest.mark.parametrize("num_tokens", [1, 64, "few", "one more", 1000])
 def test_branch(
-    num_tokens: int, num_features: int, rank: int, own_rank: int, qmax: int, typed: bool
+    num_tokens: int | str, num_features: int, rank: int, own_rank: int, qmax: int, typed: bool
 ) -> None:
     """Beside the reference in fp64, rounded in the same places: sums in fp32 turn few roundings, of coefficients and so
     of codes."""
+    if isinstance(num_tokens, str):
+        num_tokens = few_tokens(num_features) + (num_tokens == "one more")
     z, columns, types, clip = random_branch(num_tokens, num_features, rank, own_rank, typed)
     codes, scale, coefficients = engine_ops.engine_branch_quantize(
         z, columns, types, clip, 1, own_rank, qmax
@@ -171,7 +181,7 @@ def test_branch(
     assert float(difference.max()) <= (1 if qmax == 7 else 32)
 
 
-@pytest.mark.parametrize("num_tokens", [70, FEW_TOKENS + 1])
+@pytest.mark.parametrize("num_tokens", [70, few_tokens(4096) + 1])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_poisons_its_own_token(bad: float, num_tokens: int) -> None:
     z, columns, _, clip = random_branch(num_tokens, 4096, 64, 0, False)
@@ -185,14 +195,14 @@ def test_what_is_not_finite_poisons_its_own_token(bad: float, num_tokens: int) -
         assert torch.equal(got[others], want[others])
 
 
-@pytest.mark.parametrize("num_tokens", [70, FEW_TOKENS + 1, 4096, 20000])
-@pytest.mark.parametrize("parts", [2, 4, 8])
+@pytest.mark.parametrize("num_tokens", [70, 1025, 4096, 20000])
+@pytest.mark.parametrize("parts", [2, 4, 6, 8])  # of six the last has fewer features
 def test_parts_of_the_features(
     parts: int, num_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Programs that share a token's features, again and again, beside one alone: sums in another order turn few
     roundings."""
-    monkeypatch.setattr(hopper_branch_quantize, "FEW_TOKENS", 0)
+    monkeypatch.setattr(hopper_branch_quantize, "few_tokens", lambda num_features: 0)
     z, columns, types, clip = random_branch(num_tokens, 4096, 64, 0, True)
     args = (z, columns, types, clip, 1, 0, 7)
     want_codes, *want = hopper_branch_quantize.hopper_branch_quantize(*args, 1)

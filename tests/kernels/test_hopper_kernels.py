@@ -38,6 +38,7 @@ from freeact_fx.codegen.tiles import (
     branch_tile,
     hopper_tiles,
     hopper_transform_tile,
+    parts_of_branch,
 )
 from freeact_fx.reference import branch_codes, pack_int4
 from freeact_fx.transform import GroupTransform
@@ -323,9 +324,8 @@ def test_branch(
     """
     tile = branch_tile(num_features, rank)
     assert tile is not None
-    if parts > 1 and num_features // tile.block_k % parts:
-        parts = 2
-    monkeypatch.setattr(hopper_branch_quantize, "FEW_TOKENS", 0 if parts else 70)
+    parts = min(parts, num_features // tile.block_k)
+    monkeypatch.setattr(hopper_branch_quantize, "few_tokens", lambda _: 0 if parts else 70)
     z = (torch.randn(70, num_features) * (1 + torch.arange(70).unsqueeze(1))).bfloat16()
     columns = torch.linalg.qr(torch.randn(num_features, rank))[0]
     num_rows = 3 if own_rank == 0 else rank // own_rank + 1
@@ -349,11 +349,24 @@ def test_branch(
     assert int(counter.abs().max()) == 0
 
 
+@pytest.mark.parametrize("num_features", [256, 640, 3584, 4096, 11008, 12288, 18944, 53248])
+@pytest.mark.parametrize("rank", [16, 128])
+def test_each_program_has_features_of_a_branch(num_features: int, rank: int) -> None:
+    tile = branch_tile(num_features, rank)
+    assert tile is not None
+    num_chunks = num_features // tile.block_k
+    for num_tiles in range(1, 300):
+        parts = parts_of_branch(num_tiles, num_features, tile.block_k, 132)
+        of_each = -(-num_chunks // parts)
+        assert (parts - 1) * of_each < num_chunks <= parts * of_each
+        assert parts == 1 or parts * num_tiles <= 132
+
+
 @pytest.mark.parametrize("few_tokens", [0, 4])
 def test_what_is_not_finite_in_a_branch_poisons_its_own_token(
     few_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hopper_branch_quantize, "FEW_TOKENS", few_tokens)
+    monkeypatch.setattr(hopper_branch_quantize, "few_tokens", lambda _: few_tokens)
     z = torch.randn(4, 4096).bfloat16()
     z[1], z[2] = torch.nan, torch.inf
     columns = branch_codes(torch.linalg.qr(torch.randn(4096, 8))[0])
