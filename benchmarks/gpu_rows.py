@@ -124,29 +124,42 @@ def _linear_rows(sizes: Sizes) -> Iterator[Row]:
     yield row("down_8192", GatedLinear, 8192, 4096, 12288, E4M3_ACTIVATIONS)
 
 
-def _plan_rows(sizes: Sizes) -> Iterator[Row]:
-    def layers(m: int) -> dict[str, Layer]:
-        return {
-            f"M={m}, N={n}, K={k}": Layer(
-                kind, sizes.tokens(m), sizes.features(n), sizes.features(k)
-            )
-            for kind, n, k in ((NormLinear, 12288, 4096), (GatedLinear, 4096, 12288))
-        }
+def _layers(sizes: Sizes, m: int) -> dict[str, Layer]:
+    """A decoder's wide layers for m tokens, by label: one up, one down."""
+    return {
+        f"M={m}, N={n}, K={k}": Layer(kind, sizes.tokens(m), sizes.features(n), sizes.features(k))
+        for kind, n, k in ((NormLinear, 12288, 4096), (GatedLinear, 4096, 12288))
+    }
 
-    up, down = layers(8192).values()
+
+_BRANCH_AND_SHIFT = {"branch": (BRANCH, True), "shift": (TWO_TYPES, True)}
+
+
+def _branch_row(label: str, part: str, layer: Layer) -> Row:
+    """For fewer tokens than the row that counts."""
+    return Row(
+        "branch",
+        label,
+        part,
+        lambda b: plan_row(b, layer, _BRANCH_AND_SHIFT, cuda_graph=True),
+        counts=False,
+    )
+
+
+def _plan_rows(sizes: Sizes) -> Iterator[Row]:
+    up, down = _layers(sizes, 8192).values()
     types = {"two types": (TWO_TYPES, True), "one type": (ONE_TYPE, False)}
     yield Row("two_types", "M=8192, N=12288, K=4096", "plans", lambda b: plan_row(b, up, types))
     yield Row("two_types", "M=8192, N=4096, K=12288", "plans", lambda b: plan_row(b, down, types))
-    plans = {"branch": (BRANCH, True), "shift": (TWO_TYPES, True)}
-    yield Row("branch", "M=8192, N=12288, K=4096", "plans", lambda b: plan_row(b, up, plans))
-    for label, fewer in (layers(1024) | layers(256)).items():
-        yield Row(
-            "branch",
-            label,
-            "plans",
-            lambda b, layer=fewer: plan_row(b, layer, plans, cuda_graph=True),
-            counts=False,
-        )
+    yield Row(
+        "branch",
+        "M=8192, N=12288, K=4096",
+        "plans",
+        lambda b: plan_row(b, up, _BRANCH_AND_SHIFT),
+    )
+    for m in (1024, 256):
+        for label, layer in _layers(sizes, m).items():
+            yield _branch_row(label, "plans", layer)
     for order in ("sorted", "mixed"):
         yield Row(
             "sliced",
@@ -159,27 +172,19 @@ def _plan_rows(sizes: Sizes) -> Iterator[Row]:
 
 def _small_rows(sizes: Sizes) -> Iterator[Row]:
     for m in (1, 16, 64, 256):
-        for kind, n, k in ((NormLinear, 12288, 4096), (GatedLinear, 4096, 12288)):
-            layer = Layer(kind, sizes.tokens(m), sizes.features(n), sizes.features(k))
-            key = "decode" if m <= 16 else "mid_m"
-            against = peer.BF16 if key == "decode" else (*peer.BF16, peer.FP8)
+        key = "decode" if m <= 16 else "mid_m"
+        against = peer.BF16 if key == "decode" else (*peer.BF16, peer.FP8)
+        for label, layer in _layers(sizes, m).items():
             yield Row(
                 key,
-                f"M={m}, N={n}, K={k}",
+                label,
                 key,
                 lambda b, layer=layer, against=against: linear_row(
                     b, layer, against, cuda_graph=True
                 ),
             )
-            plans = {"branch": (BRANCH, True), "shift": (TWO_TYPES, True)}
             if key == "decode":
-                yield Row(
-                    "branch",
-                    f"M={m}, N={n}, K={k}",
-                    key,
-                    lambda b, layer=layer, plans=plans: plan_row(b, layer, plans, cuda_graph=True),
-                    counts=False,
-                )
+                yield _branch_row(label, key, layer)
 
 
 def _product_rows(sizes: Sizes) -> Iterator[Row]:
