@@ -184,26 +184,45 @@ def test_transform_to_e4m3(capability: int, num_features: int, prologue: str) ->
     assert compiled.local_bytes <= (320 if num_features == 18944 else 16)
 
 
-def distinct_tiles(codes: torch.dtype) -> list[TileConfig]:
-    """Those for Hopper, of each kind the one with most stages: in registers the others are like it."""
+def tiles_for(codes: torch.dtype) -> list[TileConfig]:
+    """For Hopper, with K whole or in four parts."""
     tiles = [tile for tile, _ in hopper_tiles(4096, promoted=codes != torch.int8)]
+    return [tile for tile in tiles if tile.split_k in (1, 4)]
+
+
+def distinct_tiles(codes: torch.dtype) -> list[TileConfig]:
+    """Of each kind the one with most stages: in registers the others are like it. How many programs share a
+    multiprocessor is nothing that is compiled."""
     kinds: dict[TileConfig, TileConfig] = {}
-    for tile in sorted(tiles, key=lambda tile: tile.num_stages):
-        kinds[replace(tile, num_stages=0)] = tile
-    return [tile for tile in kinds.values() if tile.split_k in (1, 4)]
+    for tile in sorted(tiles_for(codes), key=lambda tile: tile.num_stages):
+        kinds[replace(tile, num_stages=0, programs=1)] = tile
+    return list(kinds.values())
 
 
-LINEAR_TILES = [
-    (tile, codes) for codes in (torch.int8, torch.float8_e4m3fn) for tile in distinct_tiles(codes)
+ENGINES = (torch.int8, torch.float8_e4m3fn)
+LINEAR_TILES = [(tile, codes) for codes in ENGINES for tile in distinct_tiles(codes)]
+SHARING_TILES = [
+    (tile, codes)
+    for codes in ENGINES
+    for tile in tiles_for(codes)
+    if tile.programs > 1 and tile.split_k == 1
 ]
+with_most = pytest.mark.parametrize(("num_slices", "rank"), [(3, 0), (1, 72)])
 
 
-@pytest.mark.parametrize(("typed", "num_slices", "rank"), [(True, 3, 0), (True, 1, 72)])
+@with_most
 @pytest.mark.parametrize(("tile", "codes"), LINEAR_TILES, ids=str)
-def test_hopper_linear(
-    tile: TileConfig, codes: torch.dtype, typed: bool, num_slices: int, rank: int
+def test_hopper_linear(tile: TileConfig, codes: torch.dtype, num_slices: int, rank: int) -> None:
+    check_linear(tile, codes, True, num_slices, rank, 1)
+
+
+@with_most
+@pytest.mark.parametrize(("tile", "codes"), SHARING_TILES, ids=str)
+def test_programs_fit_a_multiprocessor(
+    tile: TileConfig, codes: torch.dtype, num_slices: int, rank: int
 ) -> None:
-    check_linear(tile, codes, typed, num_slices, rank, 1)
+    """Together, in registers and shared memory."""
+    check_linear(tile, codes, True, num_slices, rank, 1)
 
 
 @pytest.mark.parametrize("typed", [True, False])
